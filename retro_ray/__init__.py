@@ -1,0 +1,1 @@
+"""retro_ray: the retrieval-enhanced transformer (RETRO) as software, on Ray."""

@@ -1,0 +1,222 @@
+"""Every setting of retro_ray, one frozen dataclass per concern.
+
+The string under a field is its documentation and its `--help`. Derived values are properties, so
+that they follow what they derive from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from retro_ray.errors import ConfigError
+
+
+def default_home() -> Path:
+    """`$RETRO_RAY_HOME`, else `~/.retro_ray`; absolute, so that no working directory matters."""
+    return Path(os.environ.get("RETRO_RAY_HOME") or "~/.retro_ray").expanduser().absolute()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """Which documents to read, and how."""
+
+    input: tuple[str, ...] = ("python-docs",)
+    """Files, folders and globs, local or s3://, of Parquet, JSON lines (.jsonl, .json, also .gz and
+    .zst), plain text and Markdown; or `python-docs`, the documentation that this Python carries."""
+    text_column: str = "text"
+    """Column or key that holds a document's text."""
+    id_column: str | None = None
+    """Column or key that holds a document's id. Default: `id` where there is one, else made from
+    source and position."""
+    title_column: str = "title"
+    """Column or key that holds a document's title, where there is one."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """A record that cannot be read is skipped, counted and reported; or ends the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatabaseConfig:
+    """How documents become a retrieval database."""
+
+    tokenizer: str = "train:16384"
+    """`train:N` trains a byte-level BPE with N entries on the corpus; else the name or path of a
+    Hugging Face tokenizer."""
+    chunk_length: int = 64
+    """Tokens per chunk (m)."""
+    embedder: str = "all-MiniLM-L6-v2"
+    """Frozen BERT that embeds chunks: the built-in one, or a Hugging Face name or path."""
+    num_shards: int | None = None
+    """Index shards; one actor serves each. Default: 2, and one more for every 16 GB of text."""
+    num_neighbours: int = 10
+    """Neighbours stored for every chunk; training uses the first few of them."""
+    validation_share: float = 0.05
+    """Share of the documents, by a hash of their id, held out of the database for validation."""
+    seed: int = 0
+    """Of the held-out choice and of the index training sample."""
+
+    def __post_init__(self) -> None:
+        _require(self.chunk_length >= 2, "--chunk-length", self.chunk_length, "at least 2")
+        _require(self.num_shards is None or self.num_shards >= 1, "--num-shards", self.num_shards, "at least 1")
+        _require(self.num_neighbours >= 1, "--num-neighbours", self.num_neighbours, "at least 1")
+        _require(0 <= self.validation_share < 1, "--validation-share", self.validation_share, "0 or more, under 1")
+        if self.tokenizer.startswith("train:"):
+            size = self.tokenizer.removeprefix("train:")
+            # 256 bytes and one special token are the floor of a byte-level BPE.
+            _require(size.isdigit() and int(size) >= 257, "--tokenizer", self.tokenizer, "train:N with N at least 257")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a RETRO model; symbols in parentheses are the paper's."""
+
+    vocab_size: int
+    """Token ids the model knows."""
+    chunk_length: int = 64
+    """Tokens per chunk (m)."""
+    num_chunks: int = 32
+    """Chunks per sequence (l)."""
+    hidden_dim: int = 896
+    """Width of the decoder (d)."""
+    num_layers: int = 12
+    """Decoder layers (L)."""
+    num_heads: int = 16
+    """Attention heads, everywhere in the decoder."""
+    head_dim: int = 64
+    """Width of one head."""
+    ffn_dim: int = 3584
+    """Inner width of the decoder's feed-forward blocks."""
+    cca_layers: tuple[int, ...] = (6, 9, 12)
+    """Decoder layers, counted from 1, with chunked cross-attention (P); empty: no retrieval."""
+    encoder_dim: int = 896
+    """Width of the neighbour encoder (d')."""
+    encoder_layers: int = 2
+    """Layers of the neighbour encoder (L_enc)."""
+    encoder_heads: int = 16
+    """Heads of the encoder's attentions, each `head_dim` wide."""
+    encoder_ffn_dim: int = 3584
+    """Inner width of the encoder's feed-forward blocks."""
+    encoder_ca_layers: tuple[int, ...] = (1,)
+    """Encoder layers, counted from 1, that attend to the decoder's activations (P_enc)."""
+    num_neighbours: int = 2
+    """Neighbours per chunk in training (k); any number works afterwards."""
+    share_encoder_embedding: bool = False
+    """The encoder uses the decoder's token embedding; needs encoder_dim == hidden_dim."""
+    normalize_embeddings: bool = False
+    """RMS-normalise input embeddings, so that a token's identity is not swamped early in training."""
+    cca_start: Literal["paper", "copy"] = "paper"
+    """Start of chunked cross-attention: the paper's (an output of zero), or one that copies: keys
+    from the previous neighbour token, key projection = query projection, output projection =
+    0.3 x transposed value projection, and one null key to attend to nothing."""
+    tie_embeddings: bool = True
+    """The read-out shares its weights with the input embedding."""
+    rope_base: float = 10_000.0
+    """Base of the rotary positions."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+
+    @property
+    def neighbour_length(self) -> int:
+        """Tokens of a neighbour [N, F] (r)."""
+        return 2 * self.chunk_length
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per sequence (n)."""
+        return self.num_chunks * self.chunk_length
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "chunk_length", "num_chunks", "hidden_dim", "num_layers", "num_heads", "ffn_dim"):
+            value = getattr(self, name)
+            _require(value >= 1, name, value, "at least 1")
+        _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for rotary positions")
+        for name, layers, last in (
+            ("cca_layers", self.cca_layers, self.num_layers),
+            ("encoder_ca_layers", self.encoder_ca_layers, self.encoder_layers),
+        ):
+            inside = all(1 <= layer <= last for layer in layers) and list(layers) == sorted(set(layers))
+            _require(inside, name, layers, f"ascending layer numbers from 1 to {last}")
+        if self.share_encoder_embedding and self.encoder_dim != self.hidden_dim:
+            raise ConfigError(
+                f"share_encoder_embedding needs encoder_dim ({self.encoder_dim}) == hidden_dim ({self.hidden_dim}): "
+                "set both alike, or share_encoder_embedding = False"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a model is trained."""
+
+    num_steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 8
+    """Sequences per optimiser step, over all workers."""
+    micro_batch_size: int = 4
+    """Sequences per forward pass of one worker; more of a worker's share accumulate gradients."""
+    learning_rate: float = 2e-4
+    """Highest learning rate."""
+    final_learning_rate_share: float = 0.1
+    """The cosine ends at this share of the highest learning rate."""
+    num_warmup_steps: int = 750
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """On matrices; not on norms and vectors."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon` uses Muon for the matrices inside the blocks and AdamW for all else."""
+    retrieval_dropout: float = 0.0
+    """Share of training sequences that see no neighbours, so that RETRO[OFF] stays good."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto` is bf16 where the hardware multiplies it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is always one at the end."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    evaluate_every: int = 500
+    """Steps between validations; there is always one at the end."""
+    num_evaluation_chunks: int = 2_000
+    """Chunks of the validation split scored at each validation during training."""
+    seed: int = 0
+    """Of initialisation, data order and retrieval dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "micro_batch_size", "checkpoint_every", "evaluate_every"):
+            value = getattr(self, name)
+            _require(value >= 1, name, value, "at least 1")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(0 <= self.retrieval_dropout <= 1, "retrieval_dropout", self.retrieval_dropout, "from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a training run: what a recipe returns and what a checkpoint records."""
+
+    recipe: str
+    model: ModelConfig
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def to_dict(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict) -> RunConfig:
+        """The config that `to_dict` (through JSON) came from."""
+        model = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in content["model"].items()
+        }
+        return cls(
+            recipe=content["recipe"], model=ModelConfig(**model), training=TrainingConfig(**content["training"])
+        )
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {value!r}; it must be {wanted}")

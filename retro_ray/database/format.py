@@ -1,0 +1,264 @@
+"""What a retrieval database is on disk: Arrow schemas, the manifest, checksums.
+
+    HOME/database/
+      manifest.json              the database *is* what this lists; replaced last, atomically
+      <build>/                   one folder per build, immutable once the manifest names it
+        tokenizer/               tokenizer.json, tokenizer_meta.json
+        shard-00000/             chunks.arrow  documents.arrow  keys.arrow  index.faiss  neighbours.arrow
+        validation/              chunks.arrow  documents.arrow  keys.arrow  neighbours.arrow
+        skipped.jsonl            what could not be read: file, line, reason
+
+Rows of `chunks`, `keys` and `neighbours` of one partition (a shard, or the validation split) are
+aligned: row i is one chunk. `chunk_id` of a shard's row is `chunk_id_base + row`; rows of one
+document are consecutive. Chunks of the validation split have no chunk_id: they are in no database.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from retro_ray.errors import DatabaseError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+DOCUMENTS_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "title": pa.string(),
+        "source": pa.string(),
+        "first_row": pa.int64(),
+        "num_chunks": pa.int64(),
+        "num_bytes": pa.int64(),  # UTF-8 bytes of the document's text
+    }
+)
+
+
+def token_type(vocab_size: int) -> pa.DataType:
+    """The smallest unsigned type that holds every token id."""
+    return pa.uint16() if vocab_size <= 1 << 16 else pa.uint32()
+
+
+def chunks_schema(chunk_length: int, vocab_size: int) -> pa.Schema:
+    """One row per chunk: its tokens padded to `chunk_length`, and what of them is real."""
+    return pa.schema(
+        {
+            "tokens": pa.list_(token_type(vocab_size), chunk_length),
+            "length": pa.uint16(),  # real tokens; the rest of the row is padding
+            "num_bytes": pa.int32(),  # UTF-8 bytes of the text the real tokens stand for
+            "document": pa.int32(),  # row in documents.arrow of the same partition
+        }
+    )
+
+
+def keys_schema(dim: int) -> pa.Schema:
+    """One row per chunk: the embedding it is found by."""
+    return pa.schema({"key": pa.list_(pa.float32(), dim)})
+
+
+def neighbours_schema(num_neighbours: int) -> pa.Schema:
+    """One row per chunk: its nearest neighbours, -1 and infinity where there is none."""
+    return pa.schema(
+        {
+            "chunk_ids": pa.list_(pa.int64(), num_neighbours),
+            "distances": pa.list_(pa.float32(), num_neighbours),
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One file of a database, as the manifest vouches for it."""
+
+    sha256: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition:
+    """A shard of the database, or the validation split. Paths are relative to HOME/database."""
+
+    name: str
+    """`shard-00000`, ... or `validation`."""
+    chunk_id_base: int
+    """chunk_id of row 0; -1 for the validation split."""
+    num_documents: int
+    num_chunks: int
+    num_tokens: int
+    """Real tokens, the document-start tokens included."""
+    num_bytes: int
+    """UTF-8 bytes of text."""
+    folder: str
+    """Folder of the partition's files."""
+
+    @property
+    def chunks(self) -> str:
+        return f"{self.folder}/chunks.arrow"
+
+    @property
+    def documents(self) -> str:
+        return f"{self.folder}/documents.arrow"
+
+    @property
+    def keys(self) -> str:
+        return f"{self.folder}/keys.arrow"
+
+    @property
+    def neighbours(self) -> str:
+        return f"{self.folder}/neighbours.arrow"
+
+    @property
+    def index(self) -> str:
+        return f"{self.folder}/index.faiss"
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexSpec:
+    """How every shard is searched: a FAISS factory string and its search-time parameters."""
+
+    factory: str
+    nprobe: int = 0
+    """Inverted lists visited per query; 0 for an exact index."""
+    refine_factor: int = 1
+    """Candidates re-ranked per neighbour asked for, in a refining index."""
+
+    @property
+    def is_exact(self) -> bool:
+        return self.factory == "Flat"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """The one file that makes a folder a database."""
+
+    format_version: int = FORMAT_VERSION
+    build: str
+    """Folder of this build under HOME/database."""
+    chunk_length: int
+    tokenizer_name: str
+    tokenizer_fingerprint: str
+    vocab_size: int
+    embedder_name: str
+    embedder_fingerprint: str
+    key_dim: int
+    index: IndexSpec
+    num_neighbours: int
+    """Neighbours stored per chunk."""
+    shards: tuple[Partition, ...]
+    validation: Partition | None
+    files: dict[str, FileRecord]
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the builder was asked for: inputs, columns, split; for people, not for programs."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Records that were skipped, by reason."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    created: str = ""
+    """UTC time of the commit, ISO 8601."""
+
+    @property
+    def version(self) -> str:
+        """16 hex digits of what the database holds: equal contents, equal version."""
+        content = self.to_dict()
+        for volatile in ("stage_seconds", "created", "build", "settings"):
+            content.pop(volatile)
+        content["files"] = sorted(record["sha256"] for record in content["files"].values())
+        content["shards"] = [{**shard, "folder": ""} for shard in content["shards"]]
+        if content["validation"] is not None:
+            content["validation"] = {**content["validation"], "folder": ""}
+        return fingerprint(content)
+
+    @property
+    def num_chunks(self) -> int:
+        return sum(shard.num_chunks for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+    @property
+    def chunking_fingerprint(self) -> str:
+        return fingerprint({"chunk_length": self.chunk_length, "starts_with": "bos"})
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Manifest:
+        content = dict(content)
+        content.pop("version", None)
+        content["index"] = IndexSpec(**content["index"])
+        content["shards"] = tuple(Partition(**shard) for shard in content["shards"])
+        if content["validation"] is not None:
+            content["validation"] = Partition(**content["validation"])
+        content["files"] = {path: FileRecord(**rec) for path, rec in content["files"].items()}
+        return cls(**content)
+
+
+def fingerprint(content: Any) -> str:
+    """16 hex digits that stand for a JSON value."""
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def file_record(path: Path) -> FileRecord:
+    """Checksum and size of a file, read in blocks."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileRecord(sha256=digest, size_bytes=path.stat().st_size)
+
+
+def database_directory(home: Path) -> Path:
+    """Where the database of a home lives."""
+    return Path(home) / "database"
+
+
+def write_json_atomically(path: Path, content: Any) -> None:
+    """Replace `path` by `content` as readable JSON; a reader sees the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Commit a database: from here on, `directory` holds what `manifest` lists."""
+    write_json_atomically(directory / MANIFEST_NAME, {"version": manifest.version, **manifest.to_dict()})
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the database in `directory`.
+
+    Raises:
+        DatabaseError: there is none, it is torn, or it has another format version.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    if not path.exists():
+        raise DatabaseError(f"no retrieval database in {directory}: build one with jobs/index.py, or pass --home")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = content["format_version"]
+        if found != FORMAT_VERSION:
+            raise DatabaseError(
+                f"{path} has format version {found}, this program reads {FORMAT_VERSION}: "
+                "rebuild the database with jobs/index.py"
+            )
+        manifest = Manifest.from_dict(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise DatabaseError(f"{path} is damaged ({error}): rebuild the database with jobs/index.py") from error
+    if content.get("version") != manifest.version:
+        raise DatabaseError(
+            f"{path} is damaged (it says version {content.get('version')}, its contents have "
+            f"{manifest.version}): rebuild the database with jobs/index.py"
+        )
+    return manifest

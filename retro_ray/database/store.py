@@ -1,0 +1,191 @@
+"""Reading a retrieval database: memory-mapped chunks, documents, keys and stored neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from retro_ray.database.arrow_rows import ArrowRows
+from retro_ray.database.format import Manifest, Partition, database_directory, read_manifest
+from retro_ray.errors import DatabaseError
+from retro_ray.text.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class DocumentRef:
+    """Where a chunk comes from, for people and for citations."""
+
+    id: str
+    title: str
+    source: str
+
+
+class ChunkStore:
+    """The chunks and documents of one partition, by row number, memory-mapped."""
+
+    def __init__(self, directory: Path, partition: Partition, chunk_length: int) -> None:
+        self.partition = partition
+        self.chunk_length = chunk_length
+        self.chunk_id_base = partition.chunk_id_base
+        self.num_chunks = partition.num_chunks
+        self._directory = Path(directory)
+        self._rows = ArrowRows(self._directory / partition.chunks)
+        if self._rows.num_rows != self.num_chunks:
+            raise DatabaseError(
+                f"{self._directory / partition.chunks} has {self._rows.num_rows} chunks, the manifest says "
+                f"{self.num_chunks}: rebuild the database with jobs/index.py"
+            )
+
+    @cached_property
+    def _documents(self) -> pa.Table:
+        path = self._directory / self.partition.documents
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise DatabaseError(f"cannot read {path} ({error}): check it with `python -m retro_ray verify`") from error
+
+    @cached_property
+    def document_first_row(self) -> np.ndarray:
+        """int64 [num_documents]: the row at which each document starts."""
+        return self._documents["first_row"].to_numpy()
+
+    @cached_property
+    def document_num_chunks(self) -> np.ndarray:
+        """int64 [num_documents]."""
+        return self._documents["num_chunks"].to_numpy()
+
+    @cached_property
+    def document_num_bytes(self) -> np.ndarray:
+        """int64 [num_documents]: UTF-8 bytes of each document's text."""
+        return self._documents["num_bytes"].to_numpy()
+
+    @property
+    def num_documents(self) -> int:
+        return self.partition.num_documents
+
+    @cached_property
+    def keys(self) -> ArrowRows:
+        """Column `key`: float32 [num_chunks, key_dim]."""
+        return ArrowRows(self._directory / self.partition.keys)
+
+    @cached_property
+    def neighbours(self) -> ArrowRows:
+        """Columns `chunk_ids` int64 and `distances` float32: [num_chunks, num_neighbours]."""
+        return ArrowRows(self._directory / self.partition.neighbours)
+
+    def document_ref(self, document: int) -> DocumentRef:
+        row = self._documents.slice(document, 1).to_pylist()[0]
+        return DocumentRef(id=row["id"], title=row["title"], source=row["source"])
+
+    def tokens(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n, m]: padded token ids of the chunks at `rows`."""
+        return self._rows.gather("tokens", rows).astype(np.int64)
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n]: how many tokens of each chunk are real."""
+        return self._rows.gather("length", rows).astype(np.int64)
+
+    def num_bytes(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n]: UTF-8 bytes of text that each chunk stands for."""
+        return self._rows.gather("num_bytes", rows).astype(np.int64)
+
+    def document_of(self, rows: np.ndarray) -> np.ndarray:
+        """int64 [n]: the document (row in documents.arrow) that each chunk belongs to."""
+        return self._rows.gather("document", rows).astype(np.int64)
+
+    def document_rows(self, document: int) -> tuple[int, int]:
+        """First row of a document, and the row after its last."""
+        first = int(self.document_first_row[document])
+        return first, first + int(self.document_num_chunks[document])
+
+    def neighbour_tokens(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[N, F] of the chunks at `rows`: each chunk and the next one of the same document.
+
+        Args:
+            rows: int64 [n]; -1 where there is no chunk.
+
+        Returns:
+            tokens int64 [n, 2m] (0 where nothing is) and mask bool [n, 2m] (True where a token is
+            real). A chunk that ends its document has its F masked, never another document's text.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        m = self.chunk_length
+        tokens = np.zeros((len(rows), 2 * m), np.int64)
+        mask = np.zeros((len(rows), 2 * m), bool)
+        present = np.flatnonzero(rows >= 0)
+        if len(present) == 0:
+            return tokens, mask
+        here = rows[present]
+        document = self.document_of(here)
+        end_row = self.document_first_row[document] + self.document_num_chunks[document]
+        continued = here + 1 < end_row
+        for column, chosen, chunk in ((0, present, here), (m, present[continued], here[continued] + 1)):
+            real = np.arange(m)[None, :] < self.lengths(chunk)[:, None]
+            tokens[chosen, column : column + m] = np.where(real, self.tokens(chunk), 0)
+            mask[chosen, column : column + m] = real
+        return tokens, mask
+
+
+class Database:
+    """A committed retrieval database: manifest, tokenizer, shards and validation split."""
+
+    def __init__(self, directory: Path, manifest: Manifest) -> None:
+        self.directory = Path(directory)
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, home: Path | str) -> Database:
+        """The database of `home`.
+
+        Raises:
+            DatabaseError: there is none, or its manifest or a file is damaged.
+        """
+        directory = database_directory(Path(home))
+        return cls(directory, read_manifest(directory))
+
+    @property
+    def chunk_length(self) -> int:
+        return self.manifest.chunk_length
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        return TextTokenizer.load(self.directory / self.manifest.build / "tokenizer")
+
+    @cached_property
+    def shards(self) -> tuple[ChunkStore, ...]:
+        return tuple(ChunkStore(self.directory, shard, self.chunk_length) for shard in self.manifest.shards)
+
+    @cached_property
+    def validation(self) -> ChunkStore | None:
+        if self.manifest.validation is None:
+            return None
+        return ChunkStore(self.directory, self.manifest.validation, self.chunk_length)
+
+    @cached_property
+    def chunk_id_bases(self) -> np.ndarray:
+        """int64 [num_shards], ascending: chunk_id of each shard's first row."""
+        return np.array([shard.chunk_id_base for shard in self.manifest.shards], dtype=np.int64)
+
+    def neighbour_tokens(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[N, F] of chunks of any shard.
+
+        Args:
+            chunk_ids: int64 of any shape; -1 where there is no neighbour.
+
+        Returns:
+            tokens int64 [..., 2m] and mask bool [..., 2m].
+        """
+        flat = np.asarray(chunk_ids, dtype=np.int64).reshape(-1)
+        width = 2 * self.chunk_length
+        tokens, mask = np.zeros((len(flat), width), np.int64), np.zeros((len(flat), width), bool)
+        shard_of = np.where(flat < 0, -1, np.searchsorted(self.chunk_id_bases, flat, side="right") - 1)
+        for shard in np.unique(shard_of[shard_of >= 0]):
+            chosen = np.flatnonzero(shard_of == shard)
+            rows = flat[chosen] - self.chunk_id_bases[shard]
+            tokens[chosen], mask[chosen] = self.shards[shard].neighbour_tokens(rows)
+        shape = (*np.shape(chunk_ids), width)
+        return tokens.reshape(shape), mask.reshape(shape)

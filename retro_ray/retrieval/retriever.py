@@ -1,0 +1,78 @@
+"""What it means to retrieve: the protocol, its answer, and text in front of it.
+
+Distances are squared L2, ascending; ties are broken by chunk_id, so that an answer does not depend
+on how the database is sharded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from retro_ray.database.store import DocumentRef
+from retro_ray.embedding import ChunkEmbedder
+from retro_ray.text.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class NeighbourSet:
+    """The k nearest chunks of Q queries, with all that a reader needs of them.
+
+    A place without a neighbour has chunk_id -1, distance infinity, an all-False mask and document
+    None.
+    """
+
+    distances: np.ndarray
+    """float32 [Q, K], ascending."""
+    chunk_ids: np.ndarray
+    """int64 [Q, K]."""
+    tokens: np.ndarray
+    """int64 [Q, K, R], R = 2m: the chunk N and its continuation F."""
+    mask: np.ndarray
+    """bool [Q, K, R]: True where a token is real."""
+    documents: tuple[tuple[DocumentRef | None, ...], ...]
+    """[Q][K]."""
+    missing_shards: tuple[int, ...] = ()
+    """Shards that did not answer; empty for a complete answer."""
+
+
+class Retriever(Protocol):
+    """Finds the nearest chunks of query embeddings in one retrieval database."""
+
+    def search(self, queries: np.ndarray, k: int) -> NeighbourSet:
+        """The `k` nearest chunks of each query, float32 [Q, D]."""
+        ...
+
+    def search_ids(
+        self, queries: np.ndarray, k: int, excluded_ids: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Distances float32 [Q, K] and chunk_ids int64 [Q, K] alone.
+
+        Args:
+            queries: float32 [Q, D].
+            k: neighbours per query.
+            excluded_ids: int64 [Q, 2], first and last chunk_id of the query's own document (-1, -1
+                for none). Such chunks are passed over and others found in their place, until there
+                are k or the database is exhausted.
+        """
+        ...
+
+
+class ChunkRetriever:
+    """A Retriever for text: embeds what is asked, in the form in which chunks were embedded."""
+
+    def __init__(self, tokenizer: TextTokenizer, embedder: ChunkEmbedder, retriever: Retriever) -> None:
+        self.tokenizer = tokenizer
+        self._embedder = embedder
+        self._retriever = retriever
+
+    def retrieve_texts(self, texts: Sequence[str], k: int) -> NeighbourSet:
+        """The `k` nearest chunks of each text."""
+        return self._retriever.search(self._embedder.embed(texts), k)
+
+    def retrieve_chunks(self, chunks: Sequence[Sequence[int]], k: int) -> NeighbourSet:
+        """The `k` nearest chunks of each chunk of token ids."""
+        return self.retrieve_texts(self.tokenizer.decode_batch(chunks), k)
