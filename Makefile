@@ -1,0 +1,45 @@
+# Everything a newcomer needs: `make demo`, then `make test`. Python 3.11+, pip and make are enough.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format bench clean
+
+# Installed anew whenever what is to be installed changes.
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[test]
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[bench]
+	touch $@
+
+demo: $(VENV)/.demo  ## the whole system on this machine, in minutes
+	$(BIN)/python -m retro_ray demo
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell retro_ray jobs tests benchmarks cluster *.md
+	$(BIN)/basedpyright
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.bench
+	mkdir -p results
+	$(BIN)/python -m benchmarks.embedding --json results/embedding.json
+	$(BIN)/python -m benchmarks.indexing --json results/indexing.json
+
+clean:
+	rm -rf $(VENV) results
