@@ -1,0 +1,101 @@
+"""From a row of logits to a token: temperature, top-k, top-p, min-p, and a generator per request.
+
+Shape letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from retro_ray.errors import PromptError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How one request chooses its tokens."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all. Equal logits go to the lower token id."""
+    top_p: float = 1.0
+    """Only the smallest set of likeliest tokens that holds at least this much probability."""
+    min_p: float = 0.0
+    """Only tokens at least this many times as likely as the likeliest one."""
+    seed: int | None = None
+    """Same seed, same request: same tokens. None: a fresh one each time."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.temperature <= 100, "temperature", self.temperature, "from 0 to 100")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        if self.seed is not None:
+            _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
+
+    def new_generator(self) -> torch.Generator:
+        """A source of randomness for one request alone, so that its neighbours in a batch change nothing."""
+        generator = torch.Generator()
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def token_probabilities(logits_V: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """The distribution that a token is drawn from.
+
+    Filters apply one after another to what the former has left, renormalised: temperature, top-k,
+    top-p, min-p.
+
+    Args:
+        logits_V: [V], any float dtype and device.
+        config: its temperature must not be 0, where there is nothing to draw.
+
+    Returns:
+        float64 [V] on the CPU, zero outside the kept set; sums to 1.
+    """
+    # float64 keeps a cumulative sum over a large vocabulary exact enough for top_p's "at least".
+    probabilities_V = torch.softmax(logits_V.detach().cpu().double() / config.temperature, dim=-1)
+    if config.top_k or config.top_p < 1:
+        sorted_V, order_V = probabilities_V.sort(descending=True, stable=True)
+        if config.top_k:
+            sorted_V[config.top_k :] = 0
+            sorted_V /= sorted_V.sum()
+        if config.top_p < 1:
+            # A token stays if those before it do not yet hold the mass; the first one always does.
+            mass_V = sorted_V.cumsum(-1)
+            sorted_V[1:][mass_V[:-1] >= config.top_p] = 0
+            sorted_V /= sorted_V.sum()
+        probabilities_V = torch.zeros_like(probabilities_V).scatter_(0, order_V, sorted_V)
+    if config.min_p > 0:
+        probabilities_V[probabilities_V < config.min_p * probabilities_V.max()] = 0
+        probabilities_V /= probabilities_V.sum()
+    return probabilities_V
+
+
+def sample_token(logits_V: torch.Tensor, config: SamplingConfig, generator: torch.Generator) -> int:
+    """The next token of one sequence, drawn with exactly one number of its `generator`.
+
+    Args:
+        logits_V: [V].
+        config: how to choose.
+        generator: the request's own; not used at temperature 0.
+    """
+    if config.temperature == 0:
+        return int(logits_V.argmax())
+    probabilities_V = token_probabilities(logits_V, config)
+    cumulative_V = probabilities_V.cumsum(-1)
+    drawn = torch.rand(1, generator=generator, dtype=torch.float64) * cumulative_V[-1]
+    # The first token whose cumulative mass exceeds the draw; rounding may push the draw up to the
+    # total, which no token exceeds: then it is the last one that has any mass.
+    token = int(torch.searchsorted(cumulative_V, drawn, right=True))
+    return min(token, int(probabilities_V.nonzero()[-1]))
+
+
+def _require(holds: bool, name: str, value: object, wanted: str) -> None:
+    if not holds:
+        raise PromptError(f"{name} is {value!r}; it must be {wanted}")

@@ -1,0 +1,84 @@
+import math
+
+import pytest
+import torch
+
+from retro_ray.errors import PromptError
+from retro_ray.generation.sampling import SamplingConfig, sample_token, token_probabilities
+
+
+def logits_of(*probabilities: float) -> torch.Tensor:
+    return torch.tensor([math.log(p) for p in probabilities], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "probabilities", "expected"),
+    [
+        ({}, (0.2, 0.5, 0.3), (0.2, 0.5, 0.3)),
+        # Half the temperature squares the odds.
+        ({"temperature": 0.5}, (0.2, 0.5, 0.3), (4 / 38, 25 / 38, 9 / 38)),
+        ({"top_k": 2}, (0.2, 0.5, 0.3), (0, 5 / 8, 3 / 8)),
+        ({"top_k": 1}, (0.2, 0.5, 0.3), (0, 1, 0)),
+        ({"top_k": 9}, (0.2, 0.5, 0.3), (0.2, 0.5, 0.3)),
+        # The smallest set that holds at least this much: 0.5 is short of 0.6, 0.5 + 0.3 is not.
+        ({"top_p": 0.6}, (0.2, 0.5, 0.3), (0, 5 / 8, 3 / 8)),
+        ({"top_p": 0.9}, (0.2, 0.5, 0.3), (0.2, 0.5, 0.3)),
+        # However small top_p is, the likeliest token stays.
+        ({"top_p": 1e-9}, (0.2, 0.5, 0.3), (0, 1, 0)),
+        # 0.25 + 0.25 holds exactly 0.5, so two are enough; equal ones go to the lower id.
+        ({"top_p": 0.5}, (0.25, 0.25, 0.25, 0.25), (0.5, 0.5, 0, 0)),
+        ({"top_k": 3}, (0.25, 0.25, 0.25, 0.25), (1 / 3, 1 / 3, 1 / 3, 0)),
+        ({"min_p": 0.5}, (0.2, 0.5, 0.3), (0, 5 / 8, 3 / 8)),
+        ({"min_p": 1.0}, (0.2, 0.5, 0.3), (0, 1, 0)),
+        # top_p looks at what top_k left, renormalised: 0.5 / 0.8 = 0.625 holds 0.6 alone.
+        ({"top_k": 2, "top_p": 0.6}, (0.2, 0.5, 0.3), (0, 1, 0)),
+    ],
+)
+def test_the_filters_keep_exactly_what_they_say(settings, probabilities, expected) -> None:
+    result = token_probabilities(logits_of(*probabilities), SamplingConfig(**settings))
+    torch.testing.assert_close(result, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    config = SamplingConfig(temperature=0, seed=1)
+    assert sample_token(logits_of(0.2, 0.5, 0.3), config, config.new_generator()) == 1
+
+
+def test_draws_follow_the_distribution() -> None:
+    config = SamplingConfig(top_k=3, seed=0)
+    generator = config.new_generator()
+    logits = logits_of(0.4, 0.3, 0.1, 0.2)
+    draws = torch.tensor([sample_token(logits, config, generator) for _ in range(4000)])
+    shares = torch.bincount(draws, minlength=4) / len(draws)
+    # Four standard deviations of a share are about 0.032; the token that top_k drops never comes.
+    torch.testing.assert_close(shares, torch.tensor([4 / 9, 3 / 9, 0, 2 / 9]), atol=0.032, rtol=0)
+    assert shares[2] == 0
+
+
+def test_a_seed_decides_the_draws_and_its_absence_leaves_them_free() -> None:
+    logits = torch.zeros(1000)
+
+    def draws(seed: int | None) -> list[int]:
+        config = SamplingConfig(seed=seed)
+        generator = config.new_generator()
+        return [sample_token(logits, config, generator) for _ in range(8)]
+
+    assert draws(7) == draws(7)
+    assert draws(7) != draws(8)
+    assert draws(None) != draws(None)
+
+
+def test_half_precision_logits_and_a_vocabulary_with_impossible_tokens() -> None:
+    logits = torch.full((50_000,), -math.inf, dtype=torch.bfloat16)
+    logits[123] = 1.0
+    config = SamplingConfig(top_p=0.9, seed=0)
+    assert sample_token(logits, config, config.new_generator()) == 123
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 2.0)],
+)
+def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
+    with pytest.raises(PromptError, match=f"^{name} is {value}"):
+        SamplingConfig(**{name: value})
