@@ -24,7 +24,10 @@ from retro_ray.database.store import Database
 from retro_ray.text.tokenizer import TextTokenizer, train_tokenizer
 
 KEY_DIM = 8
-WORDS = tuple("alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho sigma".split())
+WORDS = (
+    *("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota"),
+    *("kappa", "lambda", "mu", "nu", "xi", "omicron", "pi", "rho", "sigma"),
+)
 
 
 def tiny_texts(num_documents: int, seed: int, max_words: int = 120) -> list[str]:

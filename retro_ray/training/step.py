@@ -1,0 +1,135 @@
+"""One training step: loss in nats over all workers' target tokens, gradients, clipping, update."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from retro_ray.config import TrainingConfig
+from retro_ray.model.retro import RetroModel
+from retro_ray.precision import bf16_is_fast
+from retro_ray.training.batches import StepBatch
+from retro_ray.training.optimizer import Optimizer
+from retro_ray.training.windows import NO_TARGET, Batch
+
+Precision = Literal["auto", "bf16", "fp32"]
+
+
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
+    """What `auto` means on `device`: bf16 where the hardware multiplies it."""
+    if precision == "auto":
+        return "bf16" if bf16_is_fast(device) else "fp32"
+    return precision
+
+
+def arithmetic(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
+    """The context of forward passes: bf16 by autocast, the weights stay fp32."""
+    if resolve_precision(precision, device) == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+class NextTokenLoss(nn.Module):
+    """The model and its loss as one module, so that DDP sees the whole forward pass."""
+
+    def __init__(self, model: RetroModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        tokens_BT: torch.Tensor,
+        targets_BT: torch.Tensor,
+        segments_BT: torch.Tensor,
+        neighbours_BLKR: torch.Tensor | None,
+        neighbour_mask_BLKR: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Nats, summed over the targets: fp32 scalar."""
+        h_BTD = self.model.hidden(
+            tokens_BT,
+            neighbours_BLKR=neighbours_BLKR,
+            neighbour_mask_BLKR=neighbour_mask_BLKR,
+            segments_BT=segments_BT,
+        )
+        # Padding is left out before the read-out, the largest single product of a small model.
+        asked = targets_BT != NO_TARGET
+        logits = self.model.read_out(h_BTD[asked])
+        return F.cross_entropy(logits.float(), targets_BT[asked], reduction="sum")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did; tensors, so that a GPU need not be waited for."""
+
+    loss: torch.Tensor
+    """Mean nats per target token, over all workers: fp32 scalar."""
+    gradient_norm: torch.Tensor
+    """Before clipping."""
+    learning_rate: float
+
+
+class TrainingStep:
+    """Updates `model` by one batch at a time, alone or as one worker of a process group.
+
+    The loss of a step is sum of nats / number of targets, both over all micro-batches and workers:
+    the curve does not depend on how a batch is divided.
+    """
+
+    def __init__(self, model: RetroModel, config: TrainingConfig, device: torch.device) -> None:
+        self.optimizer = Optimizer(model, config)
+        self._config = config
+        self._device = device
+        self._world_size = dist.get_world_size() if dist.is_initialized() else 1
+        module: nn.Module = NextTokenLoss(model)
+        if self._world_size > 1:
+            # A batch in which no sequence sees a neighbour leaves the retrieval layers without gradients.
+            module = DistributedDataParallel(
+                module,
+                device_ids=[device] if device.type == "cuda" else None,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=bool(model.config.cca_layers),
+            )
+        self._module = module
+
+    def run(self, share: StepBatch) -> StepResult:
+        """One update by this worker's share of a batch."""
+        size = self._config.micro_batch_size
+        starts = range(0, len(share.batch), size)
+        total = torch.zeros((), device=self._device)
+        for start in starts:
+            batch = share.batch.rows(start, start + size).to(self._device)
+            with self._synchronised(start == starts[-1]), self._arithmetic():
+                nats = self._forward(batch)
+                # DDP averages gradients over the workers; the loss is a sum over them.
+                (nats * (self._world_size / share.num_targets)).backward()
+            total += nats.detach()
+        if self._world_size > 1:
+            dist.all_reduce(total)
+        norm = nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.max_gradient_norm)
+        rate = self.optimizer.step(share.step)
+        return StepResult(loss=total / share.num_targets, gradient_norm=norm, learning_rate=rate)
+
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        return self._module(
+            batch.tokens_BT, batch.targets_BT, batch.segments_BT, batch.neighbours_BLKR, batch.neighbour_mask_BLKR
+        )
+
+    @contextlib.contextmanager
+    def _synchronised(self, last: bool) -> Iterator[None]:
+        """Gradients are exchanged with the last micro-batch only."""
+        if last or not isinstance(self._module, DistributedDataParallel):
+            yield
+        else:
+            with self._module.no_sync():
+                yield
+
+    def _arithmetic(self) -> contextlib.AbstractContextManager:
+        return arithmetic(self._config.precision, self._device)
