@@ -1,0 +1,126 @@
+"""Attention: the kernel choice, self-attention and cross-attention. All blocks are residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro_ray.model.layers import Rotary, residual_scale, rotate, start_normal
+
+# On a CPU the fused kernel is slower than two matrix products around a softmax until its savings in
+# memory traffic pay off; measured with benchmarks of 64 to 2048 positions.
+_PLAIN_MAX_POSITIONS = 512
+
+KeysValues = tuple[Tensor, Tensor]
+
+
+def attend(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v, [B, H, T, E].
+
+    Args:
+        q_BHTE: queries.
+        k_BHSE: keys.
+        v_BHSE: values.
+        mask: bool, broadcastable to [B, H, T, S], True where a query may look. Every query must be
+            allowed at least one key (see `open_empty_rows`).
+        causal: query t sees keys up to t; not together with `mask`.
+    """
+    num_queries, num_keys = q_BHTE.shape[-2], k_BHSE.shape[-2]
+    if q_BHTE.device.type != "cpu" or min(num_queries, num_keys) > _PLAIN_MAX_POSITIONS:
+        return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, attn_mask=mask, is_causal=causal)
+    if causal:
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTE.device).tril()
+    scores = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHSE.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1) @ v_BHSE
+
+
+def open_empty_rows(mask: Tensor) -> Tensor:
+    """`mask`, but where it allows no key of the last dimension, all: a softmax over nothing is NaN.
+
+    What such a query reads must be harmless: zero values, or an output that nobody uses.
+    """
+    return mask | ~mask.any(dim=-1, keepdim=True)
+
+
+def split_heads(x_BTD: Tensor, head_dim: int) -> Tensor:
+    """[B, T, H * E] -> [B, H, T, E], a view."""
+    return x_BTD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+
+def join_heads(x_BHTE: Tensor) -> Tensor:
+    """[B, H, T, E] -> [B, T, H * E]."""
+    return x_BHTE.transpose(1, 2).flatten(2)
+
+
+class SelfAttention(nn.Module):
+    """ATTN: residual multi-head self-attention with rotary positions, normalised before."""
+
+    def __init__(self, dim: int, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.key = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.value = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def forward(
+        self,
+        h_BTD: Tensor,
+        rotary: Rotary,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        remember: Callable[[Tensor, Tensor], KeysValues] | None = None,
+    ) -> Tensor:
+        """Attention among the positions of `h`.
+
+        `remember` is shown the new keys and values and returns those to attend to: how a cache
+        takes part.
+        """
+        x_BTD = self.norm(h_BTD)
+        q_BHTE = rotate(split_heads(self.query(x_BTD), self.head_dim), rotary)
+        k_BHSE = rotate(split_heads(self.key(x_BTD), self.head_dim), rotary)
+        v_BHSE = split_heads(self.value(x_BTD), self.head_dim)
+        if remember is not None:
+            k_BHSE, v_BHSE = remember(k_BHSE, v_BHSE)
+        return h_BTD + self.out(join_heads(attend(q_BHTE, k_BHSE, v_BHSE, mask, causal)))
+
+    def initialise(self, num_layers: int) -> None:
+        """Starting weights for a block in a stack of `num_layers`."""
+        for linear in (self.query, self.key, self.value):
+            start_normal(linear)
+        start_normal(self.out, scale=residual_scale(num_layers))
+
+
+class CrossAttention(nn.Module):
+    """CA: cross-attention from x [B, T, D] to y [B, S, D'], normalised before on the side of x."""
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
+        self.key = nn.Linear(context_dim, num_heads * head_dim, bias=False)
+        self.value = nn.Linear(context_dim, num_heads * head_dim, bias=False)
+        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+
+    def keys_values(self, key_input_BSD: Tensor, value_input_BSD: Tensor, rotary: Rotary) -> KeysValues:
+        """Rotated keys and values, each [B, H, S, E]."""
+        k_BHSE = rotate(split_heads(self.key(key_input_BSD), self.head_dim), rotary)
+        return k_BHSE, split_heads(self.value(value_input_BSD), self.head_dim)
+
+    def read(self, x_BTD: Tensor, rotary: Rotary, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
+        """What the normalised `x` reads from keys and values; without the residual."""
+        q_BHTE = rotate(split_heads(self.query(x_BTD), self.head_dim), rotary)
+        return self.out(join_heads(attend(q_BHTE, *keys_values, mask)))
+
+    def initialise(self, num_layers: int) -> None:
+        """Starting weights for a block in a stack of `num_layers`."""
+        for linear in (self.query, self.key, self.value):
+            start_normal(linear)
+        start_normal(self.out, scale=residual_scale(num_layers))

@@ -1,0 +1,122 @@
+"""What incremental decoding remembers: one slot per sequence, each at its own length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from retro_ray.config import ModelConfig
+from retro_ray.errors import ConfigError
+from retro_ray.model.attention import KeysValues
+
+
+class DecodeCache:
+    """Slots for `batch_size` sequences of up to `max_tokens` tokens.
+
+    Per slot: the keys and values of self-attention in every layer; those of the newest complete
+    chunk's encoded neighbours in every CCA layer; and the activations that condition the encoding of
+    the next chunk's neighbours. A slot without neighbours has an all-False `cca_mask` row and zero
+    values, so that CCA reads zero from it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        max_tokens: int,
+        num_neighbours: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
+
+        heads, head_dim = config.num_heads, config.head_dim
+        self.max_tokens = max_tokens
+        self.num_neighbours = num_neighbours
+        self.num_cca_rows = num_neighbours * config.neighbour_length + (config.cca_start == "copy")
+        # On the CPU, because lengths steer the decoding and reading them must not wait for a GPU.
+        self.lengths = torch.zeros(batch_size, dtype=torch.int64)
+        self.keys = [zeros(heads, max_tokens, head_dim) for _ in range(config.num_layers)]
+        self.values = [zeros(heads, max_tokens, head_dim) for _ in range(config.num_layers)]
+        self.cca_keys = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
+        self.cca_values = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
+        self.cca_mask = torch.zeros(batch_size, self.num_cca_rows, device=device, dtype=torch.bool)
+        self.chunk_hidden = zeros(config.chunk_length, config.hidden_dim)
+        """[B, M, D]: H of the unfinished chunk in layer min(P), position t at row t modulo m."""
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    def reset(self, slots: int | Tensor) -> None:
+        """Empty one slot, or those numbered in an int64 tensor."""
+        self.lengths[slots.cpu() if isinstance(slots, Tensor) else slots] = 0
+        self.clear_neighbours(slots)
+
+    def clear_neighbours(self, slots: int | Tensor) -> None:
+        """Forget the newest chunk's neighbours: CCA contributes zero until others are written."""
+        self.cca_mask[slots] = False
+        for values in self.cca_values.values():
+            values[slots] = 0
+
+    def write_prompt(self, number: int, slots: Tensor, keys_values: KeysValues) -> None:
+        """Store the keys and values of whole prompts, [len(slots), H, T, E], in layer `number`."""
+        num_tokens = keys_values[0].shape[2]
+        for store, new in zip((self.keys, self.values), keys_values, strict=True):
+            store[number - 1][slots, :, :num_tokens] = new.to(store[number - 1].dtype)
+
+    def append(self, number: int, positions: Tensor, keys_values: KeysValues) -> KeysValues:
+        """Store one token per slot at its position in layer `number`; all keys and values so far."""
+        rows = torch.arange(self.batch_size, device=positions.device)
+        longest = min(int(self.lengths.max()) + 1, self.max_tokens)
+        for store, new in zip((self.keys, self.values), keys_values, strict=True):
+            store[number - 1][rows, :, positions] = new[:, :, 0].to(store[number - 1].dtype)
+        return self.keys[number - 1][:, :, :longest], self.values[number - 1][:, :, :longest]
+
+    def write_neighbours(self, number: int, slots: Tensor, keys_values: KeysValues) -> None:
+        """Store the keys and values of encoded neighbours, [len(slots), H, S, E], in CCA layer `number`."""
+        num_rows = keys_values[0].shape[2]
+        for store, new in zip((self.cca_keys, self.cca_values), keys_values, strict=True):
+            store[number][slots, :, :num_rows] = new.to(store[number].dtype)
+
+    def write_neighbour_mask(self, slots: Tensor, mask_NS: Tensor) -> None:
+        """Store which rows of `write_neighbours` are real; the rest of a slot becomes False."""
+        self.cca_mask[slots] = False
+        self.cca_mask[slots, : mask_NS.shape[1]] = mask_NS
+
+    def require_room(self, num_tokens: int, num_neighbours: int) -> None:
+        """Raises ConfigError if sequences of `num_tokens` or so many neighbours do not fit."""
+        if num_tokens > self.max_tokens:
+            raise ConfigError(
+                f"a sequence of {num_tokens} tokens does not fit a cache of max_tokens = {self.max_tokens}: "
+                "make the cache longer or the sequence shorter"
+            )
+        if num_neighbours > self.num_neighbours:
+            raise ConfigError(
+                f"{num_neighbours} neighbours per chunk do not fit a cache of num_neighbours = "
+                f"{self.num_neighbours}: make the cache with num_neighbours={num_neighbours}"
+            )
+
+
+class PromptRecorder:
+    """Writes what one pass over prompts computes into their slots of a cache."""
+
+    def __init__(self, cache: DecodeCache, slots_B: Tensor, lengths_B: Tensor, chunk_length: int) -> None:
+        self._cache = cache
+        self._slots_B = slots_B
+        self._unfinished_starts_B = (lengths_B // chunk_length * chunk_length).to(slots_B.device)
+        self._chunk_length = chunk_length
+
+    def keys_values(self, number: int, k_BHTE: Tensor, v_BHTE: Tensor) -> KeysValues:
+        self._cache.write_prompt(number, self._slots_B, (k_BHTE, v_BHTE))
+        return k_BHTE, v_BHTE
+
+    def chunk_hidden(self, h_BTD: Tensor) -> None:
+        """Keep H of each prompt's unfinished chunk; what is behind the prompt's end there is
+        overwritten before it is read.
+        """
+        offsets = torch.arange(self._chunk_length, device=h_BTD.device)
+        positions_BM = (self._unfinished_starts_B[:, None] + offsets).clamp(max=h_BTD.shape[1] - 1)
+        rows = torch.arange(len(h_BTD), device=h_BTD.device)
+        self._cache.chunk_hidden[self._slots_B] = h_BTD[rows[:, None], positions_BM].to(self._cache.chunk_hidden.dtype)

@@ -1,0 +1,87 @@
+"""Chunked cross-attention (CCA): how the decoder reads the encoded neighbours of earlier chunks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro_ray.config import ModelConfig
+from retro_ray.model.attention import CrossAttention, KeysValues, open_empty_rows
+from retro_ray.model.encoder import EncodedNeighbours
+from retro_ray.model.layers import rotary_at
+
+
+class ChunkedCrossAttention(CrossAttention):
+    """CCA(H, E), residual: the paper's section 2.4 and listing 1.
+
+    The m positions that start at the last token of chunk u attend to E_u, all its neighbours in one
+    softmax. Query i in 1..m and neighbour token i' in 1..r are i - i' + m - 1 apart (equation 6),
+    the same for every neighbour: the query is rotated to position i + m - 1, the key to i'.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.hidden_dim, config.encoder_dim, config.num_heads, config.head_dim, config.norm_eps)
+        self.config = config
+        if config.cca_start == "copy":
+            self.own_share = nn.Parameter(torch.zeros(config.encoder_dim))
+            self.previous_share = nn.Parameter(torch.ones(config.encoder_dim))
+
+    def encoded_keys_values(self, encoded: EncodedNeighbours) -> KeysValues:
+        """Keys and values of encoded neighbours, each [N, H, S, E].
+
+        With `cca_start` "copy" the key of a token says which token came before it: a query that
+        looks for its own token then finds what followed it there.
+        """
+        key_input_NSD = encoded.states_NSD
+        if encoded.previous_NSD is not None:
+            key_input_NSD = self.own_share * encoded.states_NSD + self.previous_share * encoded.previous_NSD
+        return self.keys_values(key_input_NSD, encoded.states_NSD, encoded.rotary)
+
+    def forward(self, h_BTD: Tensor, encoded: EncodedNeighbours, sees_BT: Tensor | None = None) -> Tensor:
+        """CCA(H, E) for `encoded` neighbours of the first L chunks of every sequence, N = B * L.
+
+        `sees_BT` (bool) says which positions may read the neighbours they would attend to.
+        """
+        chunk_length = self.config.chunk_length
+        batch_size, num_tokens, dim = h_BTD.shape
+        num_chunks = encoded.states_NSD.shape[0] // batch_size
+        # Identity for the first m - 1 tokens; the last attending chunk may be cut short by the end
+        # of the sequence, or the sequence may go on behind the last chunk with neighbours.
+        start = chunk_length - 1
+        end = min(num_tokens, start + num_chunks * chunk_length)
+        missing = start + num_chunks * chunk_length - end
+        x_BTD = F.pad(self.norm(h_BTD[:, start:end]), (0, 0, 0, missing))
+        x_NMD = x_BTD.reshape(batch_size * num_chunks, chunk_length, dim)
+
+        positions = torch.arange(chunk_length, 2 * chunk_length, device=h_BTD.device)
+        rotary = rotary_at(positions, self.head_dim, self.config.rope_base, h_BTD.dtype)
+        mask = None if encoded.mask_NS is None else open_empty_rows(encoded.mask_NS)[:, None, None]
+        read_NMD = self.read(x_NMD, rotary, self.encoded_keys_values(encoded), mask)
+
+        read_BTD = read_NMD.reshape(batch_size, num_chunks * chunk_length, dim)[:, : end - start]
+        read_BTD = F.pad(read_BTD, (0, 0, start, num_tokens - end))
+        if sees_BT is not None:
+            read_BTD = read_BTD.masked_fill(~sees_BT[..., None], 0)
+        return h_BTD + read_BTD
+
+    def step(self, h_B1D: Tensor, positions_B: Tensor, keys_values: KeysValues, mask_BS: Tensor) -> Tensor:
+        """CCA for one token of every sequence, at `positions_B` in it, from cached keys and values."""
+        chunk_length = self.config.chunk_length
+        query_positions = chunk_length + (positions_B + 1) % chunk_length
+        rotary = rotary_at(query_positions[:, None, None], self.head_dim, self.config.rope_base, h_B1D.dtype)
+        mask = open_empty_rows(mask_BS)[:, None, None]
+        return h_B1D + self.read(self.norm(h_B1D), rotary, keys_values, mask)
+
+    def initialise(self, num_layers: int) -> None:
+        """Starting weights: an output of zero, so that the decoder starts as it is without retrieval;
+        or, with `cca_start` "copy", a head that finds its own token and adds its successor.
+        """
+        super().initialise(num_layers)
+        nn.init.zeros_(self.out.weight)
+        # Copying compares encoder outputs with decoder activations as they are. Between different
+        # widths there is nothing to compare, and only the shifted keys and the null key remain.
+        if self.config.cca_start == "copy" and self.config.encoder_dim == self.config.hidden_dim:
+            with torch.no_grad():
+                self.key.weight.copy_(self.query.weight)
+                self.out.weight.copy_(0.3 * self.value.weight.T)

@@ -1,0 +1,129 @@
+"""The neighbour encoder: ENCODER of Algorithm 1, for all chunks of all sequences as one batch.
+
+N stands for B * L, the chunks of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from retro_ray.config import ModelConfig
+from retro_ray.model.attention import CrossAttention, SelfAttention, open_empty_rows
+from retro_ray.model.layers import FeedForward, Rotary, rotary_at
+
+
+@dataclass(frozen=True)
+class EncodedNeighbours:
+    """The E_u of N chunks, as the chunked cross-attention reads them: S = K * R rows per chunk, the
+    neighbours one behind the other; with `cca_start` "copy" a row of zeros in front.
+
+    Masked tokens are zero. No projection has a bias, so their values are zero too, and so are key
+    and value of the row in front: to attend to it is to attend to nothing.
+    """
+
+    states_NSD: Tensor
+    previous_NSD: Tensor | None
+    """Each row's predecessor in its neighbour, zero for the first; only with `cca_start` "copy"."""
+    mask_NS: Tensor | None
+    """bool, True for rows that may be attended to; None: all of them."""
+    rotary: Rotary
+    """Rotations of the S rows at positions 1..R of each neighbour."""
+
+    def chunks(self, rows: Tensor) -> EncodedNeighbours:
+        """Those of the chunks numbered `rows`."""
+        return EncodedNeighbours(
+            states_NSD=self.states_NSD[rows],
+            previous_NSD=None if self.previous_NSD is None else self.previous_NSD[rows],
+            mask_NS=None if self.mask_NS is None else self.mask_NS[rows],
+            rotary=self.rotary,
+        )
+
+
+class EncoderLayer(nn.Module):
+    """One layer p' of the encoder; it has a cross-attention if p' is in P_enc."""
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        super().__init__()
+        dim, heads, eps = config.encoder_dim, config.encoder_heads, config.norm_eps
+        self.self_attention = SelfAttention(dim, heads, config.head_dim, eps)
+        self.cross_attention = (
+            CrossAttention(dim, config.hidden_dim, heads, config.head_dim, eps)
+            if number in config.encoder_ca_layers
+            else None
+        )
+        self.feed_forward = FeedForward(dim, config.encoder_ffn_dim, eps)
+
+
+class NeighbourEncoder(nn.Module):
+    """Encodes neighbours, conditioned on the activations H_u of the chunk that retrieved them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(1, config.encoder_layers + 1))
+        self.context_norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.encoder_dim, eps=config.norm_eps)
+
+    def forward(
+        self,
+        e_NKRD: Tensor,
+        mask_NKR: Tensor | None,
+        h_NMD: Tensor,
+        context_mask_NM: Tensor | None = None,
+    ) -> EncodedNeighbours:
+        """ENCODER(RET(C_u), H_u) for N chunks.
+
+        Args:
+            e_NKRD: embedded neighbour tokens, EMB_enc(RET(C_u)^j).
+            mask_NKR: bool, True for real tokens; None: all are real.
+            h_NMD: H_u, the decoder's activations in the chunk.
+            context_mask_NM: bool, True for the positions of H_u to look at; at least one per chunk.
+        """
+        num_chunks, num_neighbours, length, _ = e_NKRD.shape
+        positions = torch.arange(1, length + 1, device=e_NKRD.device)
+        token_rotary = self._rotary(positions, e_NKRD.dtype)
+        # All neighbours of a chunk query its H_u together, so that the keys need not be repeated.
+        query_rotary = self._rotary(positions.repeat(num_neighbours), e_NKRD.dtype)
+        chunk_rotary = self._rotary(positions[: h_NMD.shape[1]], e_NKRD.dtype)
+        token_mask = None if mask_NKR is None else open_empty_rows(mask_NKR.flatten(0, 1)[:, None, None])
+        context_mask = None if context_mask_NM is None else context_mask_NM[:, None, None]
+        context_NMD = self.context_norm(h_NMD)
+
+        e_JRD = e_NKRD.flatten(0, 1)
+        for layer in self.layers:
+            e_JRD = layer.self_attention(e_JRD, token_rotary, token_mask)
+            if (attention := layer.cross_attention) is not None:
+                x_NSD = attention.norm(e_JRD).view(num_chunks, num_neighbours * length, -1)
+                keys_values = attention.keys_values(context_NMD, context_NMD, chunk_rotary)
+                e_JRD = e_JRD + attention.read(x_NSD, query_rotary, keys_values, context_mask).view_as(e_JRD)
+            e_JRD = layer.feed_forward(e_JRD)
+        return self._as_encoded(self.norm(e_JRD).view_as(e_NKRD), mask_NKR)
+
+    def _as_encoded(self, e_NKRD: Tensor, mask_NKR: Tensor | None) -> EncodedNeighbours:
+        _, num_neighbours, length, _ = e_NKRD.shape
+        positions = torch.arange(1, length + 1, device=e_NKRD.device).repeat(num_neighbours)
+        if mask_NKR is not None:
+            e_NKRD = e_NKRD.masked_fill(~mask_NKR[..., None], 0)
+        mask_NS = None if mask_NKR is None else mask_NKR.flatten(1)
+        states_NSD, previous_NSD = e_NKRD.flatten(1, 2), None
+        if self.config.cca_start == "copy":
+            previous_NSD = F.pad(e_NKRD[:, :, :-1], (0, 0, 1, 0)).flatten(1, 2)
+            states_NSD, previous_NSD = (F.pad(x, (0, 0, 1, 0)) for x in (states_NSD, previous_NSD))
+            positions = F.pad(positions, (1, 0))
+            mask_NS = None if mask_NS is None else F.pad(mask_NS, (1, 0), value=True)
+        return EncodedNeighbours(states_NSD, previous_NSD, mask_NS, self._rotary(positions, e_NKRD.dtype))
+
+    def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
+        return rotary_at(positions, self.config.head_dim, self.config.rope_base, dtype)
+
+    def initialise(self) -> None:
+        """Starting weights."""
+        for layer in self.layers:
+            layer.self_attention.initialise(self.config.encoder_layers)
+            if layer.cross_attention is not None:
+                layer.cross_attention.initialise(self.config.encoder_layers)
+            layer.feed_forward.initialise(self.config.encoder_layers)

@@ -1,0 +1,89 @@
+"""What one pass over whole sequences is given: checked, and turned into masks and rotations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from retro_ray.config import ModelConfig
+from retro_ray.errors import ConfigError
+from retro_ray.model.layers import Rotary, rotary_at
+
+
+@dataclass(frozen=True)
+class SequenceInputs:
+    """What every layer of one pass sees besides H."""
+
+    rotary: Rotary
+    mask: Tensor | None
+    """bool [B, 1, T, T], True where a position may look; None: plain causal."""
+    neighbours_BLKR: Tensor | None
+    neighbour_mask_BLKR: Tensor | None
+    context_mask_NM: Tensor | None
+    """bool, the positions of a chunk that the encoding of its neighbours may look at; None: all."""
+    sees_BT: Tensor | None
+    """bool, the positions that may read the neighbours they would attend to; None: all."""
+
+
+def sequence_inputs(
+    config: ModelConfig,
+    h_BTD: Tensor,
+    neighbours_BLKR: Tensor | None,
+    neighbour_mask_BLKR: Tensor | None,
+    segments_BT: Tensor | None,
+) -> SequenceInputs:
+    """Inputs of a pass over embedded tokens `h`; no neighbours at all become None.
+
+    Raises:
+        ConfigError: the neighbours' shape does not fit the tokens or the model.
+    """
+    num_tokens, device = h_BTD.shape[1], h_BTD.device
+    if neighbours_BLKR is not None:
+        _require_fit(config, h_BTD, neighbours_BLKR, neighbour_mask_BLKR)
+        if neighbours_BLKR.numel() == 0 or not config.cca_layers:
+            neighbours_BLKR = neighbour_mask_BLKR = None
+    mask = context_mask_NM = sees_BT = None
+    if segments_BT is not None:
+        causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
+        mask = (causal & (segments_BT[:, :, None] == segments_BT[:, None, :]))[:, None]
+        if neighbours_BLKR is not None:
+            context_mask_NM, sees_BT = _segment_masks(segments_BT, neighbours_BLKR.shape[1], config.chunk_length)
+    positions = torch.arange(num_tokens, device=device)
+    rotary = rotary_at(positions, config.head_dim, config.rope_base, h_BTD.dtype)
+    return SequenceInputs(rotary, mask, neighbours_BLKR, neighbour_mask_BLKR, context_mask_NM, sees_BT)
+
+
+def split_chunks(x: Tensor, num_chunks: int, chunk_length: int) -> Tensor:
+    """SPLIT: [B, T, ...] -> the first L chunks of each sequence as one batch, [B * L, M, ...]."""
+    return x[:, : num_chunks * chunk_length].unflatten(1, (num_chunks, chunk_length)).flatten(0, 1)
+
+
+def _segment_masks(segments_BT: Tensor, num_chunks: int, chunk_length: int) -> tuple[Tensor, Tensor]:
+    """The neighbours of a chunk belong to the document of its last token.
+
+    Their encoding looks at that document's part of the chunk (first mask), and only that document's
+    tokens read them (second mask).
+    """
+    batch_size, num_tokens = segments_BT.shape
+    segments_NM = split_chunks(segments_BT, num_chunks, chunk_length)
+    owners_BT = segments_NM[:, -1:].expand(-1, chunk_length).reshape(batch_size, -1)
+    # Attending positions start at the last token of the first chunk. What is in front and behind
+    # reads nothing anyhow.
+    owners_BT = F.pad(owners_BT, (chunk_length - 1, num_tokens))[:, :num_tokens]
+    return segments_NM == segments_NM[:, -1:], owners_BT == segments_BT
+
+
+def _require_fit(config: ModelConfig, h_BTD: Tensor, neighbours_BLKR: Tensor, mask_BLKR: Tensor | None) -> None:
+    batch_size, num_tokens = h_BTD.shape[:2]
+    most_chunks, length = num_tokens // config.chunk_length, config.neighbour_length
+    shape = tuple(neighbours_BLKR.shape)
+    if len(shape) != 4 or shape[0] != batch_size or shape[1] > most_chunks or shape[3] != length:
+        raise ConfigError(
+            f"neighbours of shape {shape} do not fit tokens of shape {(batch_size, num_tokens)}: with chunk_length "
+            f"{config.chunk_length} they must be [{batch_size}, at most {most_chunks}, any, {length}]"
+        )
+    if mask_BLKR is not None and tuple(mask_BLKR.shape) != shape:
+        raise ConfigError(f"neighbour mask has shape {tuple(mask_BLKR.shape)}; it must be its neighbours', {shape}")

@@ -1,0 +1,71 @@
+"""What all blocks are made of: rotary positions, the feed-forward block, the start of weights."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Rotary(NamedTuple):
+    """Rotation of queries or keys by their positions; broadcasts against [B, H, T, E/2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_at(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> Rotary:
+    """The rotations for integer `positions` [..., T]: cos and sin, each [..., T, E/2].
+
+    The logit of a rotated query and a rotated key depends on the difference of their positions
+    alone. The angles are computed in float32 (float64 for a float64 model) whatever `dtype` the
+    model has: bfloat16 could not tell position 257 from 258.
+    """
+    precise = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=precise) / head_dim
+    angles = positions.to(precise)[..., None] * base**-exponents
+    return Rotary(angles.cos(), angles.sin())
+
+
+def rotate(x_BHTE: Tensor, rotary: Rotary) -> Tensor:
+    """`x` with the pairs (e, e + E/2) of its last dimension rotated."""
+    cos, sin = rotary.cos.to(x_BHTE.dtype), rotary.sin.to(x_BHTE.dtype)
+    first, second = x_BHTE.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class FeedForward(nn.Module):
+    """FFW: the residual feed-forward block, two matrices around a GELU, as in GPT-2."""
+
+    def __init__(self, dim: int, inner_dim: int, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.up = nn.Linear(dim, inner_dim, bias=False)
+        self.down = nn.Linear(inner_dim, dim, bias=False)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        return h_BTD + self.down(F.gelu(self.up(self.norm(h_BTD))))
+
+    def initialise(self, num_layers: int) -> None:
+        """Starting weights for a block in a stack of `num_layers`."""
+        start_normal(self.up)
+        start_normal(self.down, scale=residual_scale(num_layers))
+
+
+def start_normal(linear: nn.Linear, scale: float = 1.0) -> None:
+    """Normal weights of variance scale^2 / fan-in.
+
+    With fan-in instead of a fixed 0.02 a narrow model starts as a wide one does; at width 2048 the
+    two are the same.
+    """
+    nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
+
+
+def residual_scale(num_layers: int) -> float:
+    """Scale of the matrices that write to the residual stream, two in each layer: its variance then
+    does not grow with depth.
+    """
+    return 1 / math.sqrt(2 * num_layers)

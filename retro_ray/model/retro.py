@@ -1,0 +1,356 @@
+"""The RETRO model: DECODER of Algorithm 1, as one pass over whole sequences and token by token.
+
+Shapes: B sequences, T tokens, L chunks with neighbours, M chunk length, K neighbours per chunk,
+R = 2M neighbour length, D width, V vocabulary. N = B * L, all the chunks of a batch.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from retro_ray.config import ModelConfig
+from retro_ray.errors import ConfigError
+from retro_ray.model.attention import SelfAttention
+from retro_ray.model.cache import DecodeCache, PromptRecorder
+from retro_ray.model.chunked import ChunkedCrossAttention
+from retro_ray.model.encoder import EncodedNeighbours, NeighbourEncoder
+from retro_ray.model.inputs import SequenceInputs, sequence_inputs, split_chunks
+from retro_ray.model.layers import FeedForward, rotary_at
+
+
+class DecoderLayer(nn.Module):
+    """One layer p of the decoder; it has a chunked cross-attention if p is in P."""
+
+    def __init__(self, config: ModelConfig, number: int) -> None:
+        super().__init__()
+        self.number = number
+        self.self_attention = SelfAttention(config.hidden_dim, config.num_heads, config.head_dim, config.norm_eps)
+        self.cca = ChunkedCrossAttention(config) if number in config.cca_layers else None
+        self.feed_forward = FeedForward(config.hidden_dim, config.ffn_dim, config.norm_eps)
+
+
+class RetroModel(nn.Module):
+    """A decoder that reads the neighbours of its earlier chunks; without neighbours, a plain one.
+
+    Logits at position t depend on tokens up to t, and on the neighbours of chunk u (counted from 1)
+    only for t >= u * m - 1. A chunk without neighbours, or with all of them masked, contributes
+    exactly zero. A model without `cca_layers` ignores neighbours.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        """Recompute the activations of each layer in the backward pass."""
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_dim)
+        self.layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
+        self.norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
+        untied = not config.tie_embeddings
+        self.untied_read_out = nn.Linear(config.hidden_dim, config.vocab_size, bias=False) if untied else None
+        self.first_cca_layer = min(config.cca_layers, default=None)
+        own_embedding = config.cca_layers and not config.share_encoder_embedding
+        self.neighbour_embedding = nn.Embedding(config.vocab_size, config.encoder_dim) if own_embedding else None
+        self.encoder = NeighbourEncoder(config) if config.cca_layers else None
+        self._initialise()
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        neighbours_BLKR: Tensor | None = None,
+        neighbour_mask_BLKR: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of the token after each position, float32 (float64 in a float64 model).
+
+        Args:
+            tokens_BT: int64; T need not be a multiple of the chunk length.
+            neighbours_BLKR: int64, neighbours [N, F] of the first L <= T // m complete chunks.
+            neighbour_mask_BLKR: bool, True for real neighbour tokens. None: all are real.
+            segments_BT: int64, a number per packed document; attention, to neighbours too, stays
+                inside equal numbers. Negative numbers are padding. None: one document per sequence.
+
+        Raises:
+            ConfigError: the neighbours' shape does not fit the tokens or the model.
+        """
+        hidden_BTD = self.hidden(
+            tokens_BT,
+            neighbours_BLKR=neighbours_BLKR,
+            neighbour_mask_BLKR=neighbour_mask_BLKR,
+            segments_BT=segments_BT,
+        )
+        return self.read_out(hidden_BTD)
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        neighbours_BLKR: Tensor | None = None,
+        neighbour_mask_BLKR: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Final normalised activations [B, T, D], the input of `read_out`; arguments as `forward`."""
+        h_BTD = self._embed(tokens_BT, self.token_embedding)
+        inputs = sequence_inputs(self.config, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, segments_BT)
+        h_BTD, _ = self._decode(h_BTD, inputs)
+        return self.norm(h_BTD)
+
+    def read_out(self, hidden: Tensor) -> Tensor:
+        """READ: logits [..., V] of `hidden` [..., D]; linear, so that a loss can take it in slices."""
+        logits = F.linear(hidden, self.read_out_weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    @property
+    def read_out_weight(self) -> Tensor:
+        """[V, D]: the token embedding, if tied."""
+        return self.token_embedding.weight if self.untied_read_out is None else self.untied_read_out.weight
+
+    def count_parameters(self, include_embeddings: bool = False) -> int:
+        """Number of weights; by default without token embeddings and an untied read-out."""
+        vocabulary = (self.token_embedding, self.neighbour_embedding, self.untied_read_out)
+        left_out = {id(module.weight) for module in vocabulary if module is not None}
+        return sum(w.numel() for w in self.parameters() if include_embeddings or id(w) not in left_out)
+
+    # Algorithm 1, over whole sequences.
+
+    def _decode(
+        self, h_BTD: Tensor, inputs: SequenceInputs, recorder: PromptRecorder | None = None
+    ) -> tuple[Tensor, EncodedNeighbours | None]:
+        """H after all layers, and E."""
+        encoded = None
+        for layer in self.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h_BTD, encoded = checkpoint(
+                    self._apply_layer, layer, h_BTD, encoded, inputs, recorder, use_reentrant=False
+                )
+            else:
+                h_BTD, encoded = self._apply_layer(layer, h_BTD, encoded, inputs, recorder)
+        return h_BTD, encoded
+
+    def _apply_layer(
+        self,
+        layer: DecoderLayer,
+        h_BTD: Tensor,
+        encoded: EncodedNeighbours | None,
+        inputs: SequenceInputs,
+        recorder: PromptRecorder | None,
+    ) -> tuple[Tensor, EncodedNeighbours | None]:
+        remember = None if recorder is None else partial(recorder.keys_values, layer.number)
+        h_BTD = layer.self_attention(
+            h_BTD, inputs.rotary, mask=inputs.mask, causal=inputs.mask is None, remember=remember
+        )
+        if layer.number == self.first_cca_layer:
+            if recorder is not None:
+                recorder.chunk_hidden(h_BTD)
+            encoded = self._encode(h_BTD, inputs)
+        if layer.cca is not None and encoded is not None:
+            h_BTD = layer.cca(h_BTD, encoded, inputs.sees_BT)
+        return layer.feed_forward(h_BTD), encoded
+
+    def _encode(self, h_BTD: Tensor, inputs: SequenceInputs) -> EncodedNeighbours | None:
+        """ENCODER(RET(C_u)_u, H) of all chunks as one batch; None without neighbours."""
+        if self.encoder is None or inputs.neighbours_BLKR is None:
+            return None
+        neighbours_NKR, mask_BLKR = inputs.neighbours_BLKR.flatten(0, 1), inputs.neighbour_mask_BLKR
+        mask_NKR = None if mask_BLKR is None else mask_BLKR.flatten(0, 1)
+        h_NMD = split_chunks(h_BTD, inputs.neighbours_BLKR.shape[1], self.config.chunk_length)
+        return self.encoder(self._embed_neighbours(neighbours_NKR), mask_NKR, h_NMD, inputs.context_mask_NM)
+
+    def _embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+        """EMB. Normalised to a mean square of 1, whatever the scale that a tied read-out asks of the
+        weights, a token's identity is not swamped by what the layers write next to it.
+        """
+        h = embedding(tokens)
+        return F.rms_norm(h, h.shape[-1:], eps=1e-8) if self.config.normalize_embeddings else h
+
+    def _embed_neighbours(self, neighbours: Tensor) -> Tensor:
+        """EMB_enc."""
+        return self._embed(neighbours, self.neighbour_embedding or self.token_embedding)
+
+    # Algorithm 1, token by token.
+
+    def new_cache(
+        self,
+        batch_size: int,
+        max_tokens: int,
+        *,
+        num_neighbours: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> DecodeCache:
+        """Empty slots for `batch_size` sequences; what is not given is as in the model."""
+        weight = self.token_embedding.weight
+        return DecodeCache(
+            self.config,
+            batch_size,
+            max_tokens,
+            num_neighbours=self.config.num_neighbours if num_neighbours is None else num_neighbours,
+            device=device or weight.device,
+            dtype=dtype or weight.dtype,
+        )
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        tokens_BT: Tensor,
+        lengths_B: Tensor,
+        cache: DecodeCache,
+        neighbours_BLKR: Tensor | None = None,
+        neighbour_mask_BLKR: Tensor | None = None,
+        *,
+        slots_B: Tensor | None = None,
+    ) -> Tensor:
+        """Read prompts into empty or used slots in one pass; logits [B, V] after each one's last token.
+
+        Args:
+            tokens_BT: int64, prompts padded on the right.
+            lengths_B: int64, real tokens of each prompt, 1 to T.
+            cache: its slots are overwritten.
+            neighbours_BLKR: int64, neighbours of the first L complete chunks; what is behind a
+                prompt's own last complete chunk has no effect.
+            neighbour_mask_BLKR: bool, True for real neighbour tokens. None: all are real.
+            slots_B: int64, the slots to use. Default: the first B.
+
+        Raises:
+            ConfigError: prompts or neighbours do not fit the cache or each other.
+        """
+        num_neighbours = 0 if neighbours_BLKR is None else neighbours_BLKR.shape[2]
+        cache.require_room(tokens_BT.shape[1], num_neighbours)
+        lengths_B = lengths_B.cpu()
+        if not bool(((lengths_B >= 1) & (lengths_B <= tokens_BT.shape[1])).all()):
+            raise ConfigError(f"prompt lengths {lengths_B.tolist()} must be from 1 to {tokens_BT.shape[1]}")
+        slots_B = torch.arange(len(tokens_BT)) if slots_B is None else slots_B.cpu()
+        device = tokens_BT.device
+
+        cache.reset(slots_B)
+        h_BTD = self._embed(tokens_BT, self.token_embedding)
+        inputs = sequence_inputs(self.config, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, None)
+        recorder = PromptRecorder(cache, slots_B.to(device), lengths_B, self.config.chunk_length)
+        h_BTD, encoded = self._decode(h_BTD, inputs, recorder)
+        if encoded is not None:
+            num_chunks = encoded.states_NSD.shape[0] // len(tokens_BT)
+            newest_B = lengths_B // self.config.chunk_length - 1
+            rows = torch.nonzero((newest_B >= 0) & (newest_B < num_chunks))[:, 0]
+            newest = encoded.chunks((rows * num_chunks + newest_B[rows]).to(device))
+            self._store_neighbours(cache, slots_B[rows].to(device), newest)
+        cache.lengths[slots_B] = lengths_B
+        last_BD = h_BTD[torch.arange(len(tokens_BT), device=device), (lengths_B - 1).to(device)]
+        return self.read_out(self.norm(last_BD))
+
+    @torch.no_grad()
+    def decode_step(
+        self,
+        tokens_B: Tensor,
+        cache: DecodeCache,
+        neighbours_BKR: Tensor | None = None,
+        neighbour_mask_BKR: Tensor | None = None,
+        arrived_B: Tensor | None = None,
+        *,
+        active_B: Tensor | None = None,
+    ) -> Tensor:
+        """One more token for every slot, each at its own position; logits [B, V] after it.
+
+        A token at a position p with (p + 1) % m == 0 completes a chunk, whose neighbours condition
+        its own logits and those of the next m - 1 tokens: ask `completes_chunk` before the step,
+        retrieve for the chunk *with* this token, and pass what came. Without neighbours CCA
+        contributes zero until the next chunk is complete.
+
+        Args:
+            tokens_B: int64, the next token of every slot of `cache`.
+            cache: advanced by one token.
+            neighbours_BKR: int64, neighbours of the chunks that these tokens complete. Rows of slots
+                that complete none are ignored.
+            neighbour_mask_BKR: bool, True for real neighbour tokens. None: all are real.
+            arrived_B: bool, the rows of `neighbours_BKR` that hold neighbours. None: all.
+            active_B: bool, the slots that take part; others keep their state, and their logits mean
+                nothing. None: all.
+
+        Raises:
+            ConfigError: a slot or the neighbours do not fit the cache.
+        """
+        device = tokens_B.device
+        active_B = torch.ones(cache.batch_size, dtype=torch.bool) if active_B is None else active_B.cpu()
+        needed = int(cache.lengths[active_B].max()) + 1 if bool(active_B.any()) else 0
+        cache.require_room(needed, 0 if neighbours_BKR is None else neighbours_BKR.shape[1])
+        positions_B = cache.lengths.clamp(max=cache.max_tokens - 1).to(device)
+        longest = min(int(cache.lengths.max()) + 1, cache.max_tokens)
+        seen = torch.arange(longest, device=device) <= positions_B[:, None]
+
+        h_B1D = self._embed(tokens_B[:, None], self.token_embedding)
+        rotary = rotary_at(positions_B[:, None, None], self.config.head_dim, self.config.rope_base, h_B1D.dtype)
+        for layer in self.layers:
+            h_B1D = layer.self_attention(
+                h_B1D,
+                rotary,
+                mask=seen[:, None, None],
+                remember=lambda k, v, number=layer.number: cache.append(number, positions_B, (k, v)),
+            )
+            if layer.number == self.first_cca_layer:
+                rows = torch.arange(cache.batch_size, device=device)
+                cache.chunk_hidden[rows, positions_B % self.config.chunk_length] = h_B1D[:, 0].to(
+                    cache.chunk_hidden.dtype
+                )
+                completed_B = self.completes_chunk(cache) & active_B
+                self._exchange_neighbours(cache, completed_B, neighbours_BKR, neighbour_mask_BKR, arrived_B)
+            if layer.cca is not None:
+                keys_values = cache.cca_keys[layer.number], cache.cca_values[layer.number]
+                h_B1D = layer.cca.step(h_B1D, positions_B, keys_values, cache.cca_mask)
+            h_B1D = layer.feed_forward(h_B1D)
+        cache.lengths += active_B
+        return self.read_out(self.norm(h_B1D[:, 0]))
+
+    def completes_chunk(self, cache: DecodeCache) -> Tensor:
+        """Which slots [B], as bool on the CPU, complete a chunk with their next token."""
+        return (cache.lengths + 1) % self.config.chunk_length == 0
+
+    def _exchange_neighbours(
+        self,
+        cache: DecodeCache,
+        completed_B: Tensor,
+        neighbours_BKR: Tensor | None,
+        mask_BKR: Tensor | None,
+        arrived_B: Tensor | None,
+    ) -> None:
+        """Where a chunk is complete, its neighbours take the place of the chunk's before."""
+        device = cache.chunk_hidden.device
+        cache.clear_neighbours(torch.nonzero(completed_B)[:, 0].to(device))
+        if neighbours_BKR is None or neighbours_BKR.numel() == 0 or self.encoder is None:
+            return
+        slots = torch.nonzero(completed_B if arrived_B is None else completed_B & arrived_B.cpu())[:, 0].to(device)
+        if len(slots) == 0:
+            return
+        mask_NKR = None if mask_BKR is None else mask_BKR[slots]
+        e_NKRD = self._embed_neighbours(neighbours_BKR[slots])
+        self._store_neighbours(cache, slots, self.encoder(e_NKRD, mask_NKR, cache.chunk_hidden[slots]))
+
+    def _store_neighbours(self, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours) -> None:
+        mask_NS = encoded.mask_NS
+        if mask_NS is None:
+            mask_NS = torch.ones(encoded.states_NSD.shape[:2], dtype=torch.bool, device=slots.device)
+        cache.write_neighbour_mask(slots, mask_NS)
+        for layer in self.layers:
+            if layer.cca is not None:
+                cache.write_neighbours(layer.number, slots, layer.cca.encoded_keys_values(encoded))
+
+    def _initialise(self) -> None:
+        """Starting weights, the same for the same torch seed."""
+        # A normalised embedding points at its own row of a tied read-out: the logit of the token
+        # itself starts at std * D, which must not grow with the width.
+        embedding_std = min(0.02, 4 / self.config.hidden_dim) if self.config.normalize_embeddings else 0.02
+        for module in (self.token_embedding, self.neighbour_embedding, self.untied_read_out):
+            if module is not None:
+                nn.init.normal_(module.weight, std=embedding_std)
+        for layer in self.layers:
+            layer.self_attention.initialise(self.config.num_layers)
+            layer.feed_forward.initialise(self.config.num_layers)
+        # Retrieval last: a decoder starts alike with and without it.
+        if self.encoder is not None:
+            self.encoder.initialise()
+        for layer in self.layers:
+            if layer.cca is not None:
+                layer.cca.initialise(self.config.num_layers)
