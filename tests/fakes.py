@@ -64,7 +64,7 @@ def write_tiny_database(
     texts = tiny_texts(num_documents + num_validation_documents, seed, max_words)
     directory = database_directory(home)
     build = directory / "tiny"
-    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer = train_tokenizer(texts, vocab_size, f"train:{vocab_size}")
     build.mkdir(parents=True)
     tokenizer.save(build / "tokenizer")
     rng = np.random.default_rng(seed)
