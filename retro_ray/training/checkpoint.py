@@ -90,7 +90,7 @@ def save_checkpoint(
     files = {name: file_record(temporary / name) for name in (MODEL_NAME, OPTIMIZER_NAME)}
     write_json_atomically(temporary / META_NAME, dataclasses.replace(meta, files=files).to_dict())
     _sync(temporary)
-    folder = parent / f"step-{meta.step:08d}"
+    folder = parent / _folder_name(meta.step)
     if folder.exists():  # a torn one, else training would have continued from it
         shutil.rmtree(folder)
     os.rename(temporary, folder)
@@ -180,10 +180,19 @@ def load_model(
     return model.to(device).eval(), meta.config, meta
 
 
-def restore(folder: Path, model: RetroModel, optimizer: Optimizer) -> None:
-    """Put a checkpoint's weights and optimiser state into `model` and `optimizer`."""
+def load_checkpoint(run_directory: Path, step: int, model: RetroModel, optimizer: Optimizer) -> CheckpointMeta:
+    """Put a checkpoint's weights and optimiser state into `model` and `optimizer`.
+
+    Raises:
+        CheckpointError: it is torn, or of a model of another shape.
+    """
+    folder = checkpoints_directory(run_directory) / _folder_name(step)
+    meta = read_meta(folder)
+    if meta.config.model != model.config:
+        raise CheckpointError(f"{folder} holds a model of another shape: resume with the settings of the run")
     load_weights(model, folder / MODEL_NAME)
     optimizer.load_tensors(load_file(folder / OPTIMIZER_NAME))
+    return meta
 
 
 def require_match(meta: CheckpointMeta, manifest: Manifest) -> None:
@@ -202,6 +211,10 @@ def require_match(meta: CheckpointMeta, manifest: Manifest) -> None:
                 f"the model was trained with {name} {of_model}, the database has {of_database}: use the database "
                 "the model was trained with (--home), or train anew with jobs/train.py"
             )
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _step_of(folder: Path) -> int:

@@ -22,7 +22,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     """Of the step counted from 0: linear warm-up, then a cosine that ends at the last step."""
     highest, warmup = config.learning_rate, config.num_warmup_steps
     if step < warmup:
-        return FIRST_LEARNING_RATE + (highest - FIRST_LEARNING_RATE) * (step + 1) / warmup
+        return FIRST_LEARNING_RATE + (highest - FIRST_LEARNING_RATE) * step / warmup
     progress = (step - warmup) / max(1, config.num_steps - 1 - warmup)
     lowest = highest * config.final_learning_rate_share
     return lowest + (highest - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

@@ -62,7 +62,7 @@ class NextTokenLoss(nn.Module):
         # Padding is left out before the read-out, the largest single product of a small model.
         asked = targets_BT != NO_TARGET
         logits = self.model.read_out(h_BTD[asked])
-        return F.cross_entropy(logits.float(), targets_BT[asked], reduction="sum")
+        return F.cross_entropy(logits, targets_BT[asked], reduction="sum")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class TrainingStep:
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
         module: nn.Module = NextTokenLoss(model)
         if self._world_size > 1:
-            # A batch in which no sequence sees a neighbour leaves the retrieval layers without gradients.
+            # Without neighbours (num_neighbours = 0) the retrieval layers get no gradients.
             module = DistributedDataParallel(
                 module,
                 device_ids=[device] if device.type == "cuda" else None,

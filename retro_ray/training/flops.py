@@ -1,0 +1,66 @@
+"""How much arithmetic a trained token takes, and how much a device can do."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from retro_ray.config import ModelConfig
+
+# Dense bf16 FLOP/s of the makers' data sheets; the longest name that the device's name contains counts.
+_GPU_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "H100 PCIe": 756e12,
+    "A100": 312e12,
+    "A10G": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+}
+
+
+def training_flops_per_token(config: ModelConfig) -> float:
+    """Floating-point operations of forward and backward pass per decoder token, padding included.
+
+    Counts products alone: twice the weights a token meets, and the two products of each attention.
+    Recomputation (gradient checkpointing) is not counted, as usual.
+    """
+    attended = config.num_heads * config.head_dim
+    projections = 4 * config.hidden_dim * attended
+    weights = config.num_layers * (projections + 2 * config.hidden_dim * config.ffn_dim)
+    weights += config.vocab_size * config.hidden_dim
+    products = config.num_layers * 2 * attended * config.context_length / 2  # causal: half of the pairs
+    if config.cca_layers:
+        # Each chunk of m tokens brings K neighbours of 2m tokens.
+        per_token = config.num_neighbours * config.neighbour_length / config.chunk_length
+        encoder_attended = config.encoder_heads * config.head_dim
+        encoder_projections = 4 * config.encoder_dim * encoder_attended
+        encoder = config.encoder_layers * (encoder_projections + 2 * config.encoder_dim * config.encoder_ffn_dim)
+        encoder += len(config.encoder_ca_layers) * encoder_projections
+        weights += per_token * encoder + len(config.cca_layers) * projections
+        products += per_token * config.encoder_layers * 2 * encoder_attended * config.neighbour_length
+        products += len(config.cca_layers) * 2 * attended * config.num_neighbours * config.neighbour_length
+    return 3 * 2 * (weights + products)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s that `device` can reach: from a table for GPUs, measured for a CPU; None if not known."""
+    if device.type == "cpu":
+        return _measured_flops(dtype)
+    name = torch.cuda.get_device_name(device)
+    known = [key for key in _GPU_PEAK_FLOPS if all(word in name for word in key.split())]
+    return _GPU_PEAK_FLOPS[max(known, key=len)] if known and dtype == torch.bfloat16 else None
+
+
+def _measured_flops(dtype: torch.dtype, size: int = 768, repetitions: int = 10) -> float:
+    """Best rate of a few square matrix products on this process's threads; takes some hundredths of a second."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    best = 0.0
+    for _ in range(repetitions):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
