@@ -215,5 +215,7 @@ class SequenceState:
         return min((position for position in found if position >= 0), default=None)
 
     def _num_characters_before(self, position: int) -> int:
+        if position == len(self.tokens):
+            return len(self._decoded())
         # A character whose bytes are split between two tokens belongs to the later one.
         return len(self._decoded(position).rstrip("\ufffd"))
