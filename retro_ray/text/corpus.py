@@ -181,6 +181,8 @@ def _expand(given: str) -> Iterator[_InputFile]:
         logger.warning("%s: %d of %d files are of no known kind", given, len(found) - len(readable), len(found))
     is_local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
     for name in sorted(readable):
+        if not _is_utf8(name):
+            raise InputError(f"the name of file {ascii(name)} is not UTF-8: rename it, its name is part of ids")
         label = posixpath.basename(name) if is_file else _label(name, root, given)
         full = name if is_local else fs.unstrip_protocol(name)
         yield _InputFile(full, label, file_format(name) or "", readable[name])
@@ -226,6 +228,11 @@ def _label(path: str, root: str, given: str) -> str:
     return f"{folder}/{relative}" if folder and folder in named else relative
 
 
+def _is_utf8(name: str) -> bool:
+    """Whether a file's name is text; Python spells other bytes of a name as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def _with_unique_labels(files: Iterable[_InputFile]) -> list[_InputFile]:
     """Two files of one label (from two folders of one name) take their whole paths as labels."""
     files = list(files)
@@ -261,6 +268,8 @@ def _footer(file: _InputFile, config: CorpusConfig) -> Any:
                 f"{file.path} is not a Parquet file ({error}): remove it, or pass --on-error skip"
             ) from error
         return None
+    except (FileNotFoundError, PermissionError) as error:
+        raise InputError(f"cannot open {file.path} ({error}): restore it or its permissions") from error
 
 
 def _grouped(files: Iterable[_InputFile], unit_bytes: int) -> Iterator[list[_InputFile]]:

@@ -38,7 +38,8 @@ def read_unit(unit: ReadUnit, config: CorpusConfig) -> Iterator[Document | Skipp
     """The documents of a unit, in order, and what could not be read in their place.
 
     Raises:
-        InputError: a record cannot be read, and `on_error` is "fail"; names file and line.
+        InputError: a record cannot be read, and `on_error` is "fail" (names file and line); or a file
+            is gone or closed to us, which no setting passes over.
     """
     for record in _read_files(unit, config):
         if isinstance(record, SkippedRecord) and record.category != EMPTY and config.on_error == "fail":
@@ -52,12 +53,15 @@ def _read_files(unit: ReadUnit, config: CorpusConfig) -> Iterator[Document | Ski
         yield from _read_python_docs(unit.files)
         return
     for path, label in zip(unit.files, unit.labels or unit.files, strict=True):
-        if unit.format == "parquet":
-            yield from _read_parquet(path, label, unit.row_groups, config)
-        elif unit.format == "text":
-            yield _read_text(path, label)
-        else:
-            yield from _read_json(path, label, config, may_be_array=unit.format == "json")
+        try:
+            if unit.format == "parquet":
+                yield from _read_parquet(path, label, unit.row_groups, config)
+            elif unit.format == "text":
+                yield _read_text(path, label)
+            else:
+                yield from _read_json(path, label, config, may_be_array=unit.format == "json")
+        except (FileNotFoundError, PermissionError) as error:
+            raise InputError(f"cannot open {path} ({error}): restore it or its permissions, and start again") from error
 
 
 def _read_python_docs(entries: tuple[str, ...]) -> Iterator[Document | SkippedRecord]:
@@ -196,6 +200,7 @@ def _name(value: Any) -> str | None:
 
 
 def _missing(column: str, value: dict[str, Any]) -> str:
-    keys = [str(key) for key in value]
+    # A key may hold a lone surrogate, and a report of skipped records must be writable.
+    keys = [str(key).encode("utf-8", "backslashreplace").decode("utf-8") for key in value]
     more = f" and {len(keys) - KEYS_SHOWN} more" if len(keys) > KEYS_SHOWN else ""
     return f"no value for {column!r}; the keys are: {', '.join(keys[:KEYS_SHOWN])}{more}"
