@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
 from retro_ray.model.attention import KeysValues
+from retro_ray.model.encoder import EncodedNeighbours
 
 
 class DecodeCache:
@@ -74,16 +77,16 @@ class DecodeCache:
             store[number - 1][rows, :, positions] = new[:, :, 0].to(store[number - 1].dtype)
         return self.keys[number - 1][:, :, :longest], self.values[number - 1][:, :, :longest]
 
-    def write_neighbours(self, number: int, slots: Tensor, keys_values: KeysValues) -> None:
-        """Store the keys and values of encoded neighbours, [len(slots), H, S, E], in CCA layer `number`."""
-        num_rows = keys_values[0].shape[2]
-        for store, new in zip((self.cca_keys, self.cca_values), keys_values, strict=True):
-            store[number][slots, :, :num_rows] = new.to(store[number].dtype)
-
-    def write_neighbour_mask(self, slots: Tensor, mask_NS: Tensor) -> None:
-        """Store which rows of `write_neighbours` are real; the rest of a slot becomes False."""
-        self.cca_mask[slots] = False
-        self.cca_mask[slots, : mask_NS.shape[1]] = mask_NS
+    def write_neighbours(
+        self, slots: Tensor, encoded: EncodedNeighbours, keys_values: Mapping[int, KeysValues]
+    ) -> None:
+        """Store encoded neighbours of len(slots) chunks: by CCA layer, keys and values [N, H, S, E]."""
+        num_rows = encoded.states_NSD.shape[1]
+        self.cca_mask[slots, num_rows:] = False
+        self.cca_mask[slots, :num_rows] = True if encoded.mask_NS is None else encoded.mask_NS
+        for number, of_layer in keys_values.items():
+            for store, new in zip((self.cca_keys[number], self.cca_values[number]), of_layer, strict=True):
+                store[slots, :, :num_rows] = new.to(store.dtype)
 
     def require_room(self, num_tokens: int, num_neighbours: int) -> None:
         """Raises ConfigError if sequences of `num_tokens` or so many neighbours do not fit."""
@@ -105,7 +108,7 @@ class PromptRecorder:
     def __init__(self, cache: DecodeCache, slots_B: Tensor, lengths_B: Tensor, chunk_length: int) -> None:
         self._cache = cache
         self._slots_B = slots_B
-        self._unfinished_starts_B = (lengths_B // chunk_length * chunk_length).to(slots_B.device)
+        self._lengths_B = lengths_B
         self._chunk_length = chunk_length
 
     def keys_values(self, number: int, k_BHTE: Tensor, v_BHTE: Tensor) -> KeysValues:
@@ -116,7 +119,14 @@ class PromptRecorder:
         """Keep H of each prompt's unfinished chunk; what is behind the prompt's end there is
         overwritten before it is read.
         """
-        offsets = torch.arange(self._chunk_length, device=h_BTD.device)
-        positions_BM = (self._unfinished_starts_B[:, None] + offsets).clamp(max=h_BTD.shape[1] - 1)
-        rows = torch.arange(len(h_BTD), device=h_BTD.device)
-        self._cache.chunk_hidden[self._slots_B] = h_BTD[rows[:, None], positions_BM].to(self._cache.chunk_hidden.dtype)
+        starts_B = self._lengths_B // self._chunk_length * self._chunk_length
+        positions_BM = (starts_B[:, None] + torch.arange(self._chunk_length)).clamp(max=h_BTD.shape[1] - 1)
+        rows_B1 = torch.arange(len(h_BTD))[:, None]
+        self._cache.chunk_hidden[self._slots_B] = h_BTD[rows_B1, positions_BM].to(self._cache.chunk_hidden.dtype)
+
+    def newest_chunks(self, encoded: EncodedNeighbours) -> tuple[Tensor, EncodedNeighbours]:
+        """The slots whose newest complete chunk is among those encoded, and its neighbours."""
+        num_chunks = encoded.states_NSD.shape[0] // len(self._lengths_B)
+        newest_B = self._lengths_B // self._chunk_length - 1
+        rows = torch.nonzero((newest_B >= 0) & (newest_B < num_chunks))[:, 0]
+        return self._slots_B[rows.to(self._slots_B.device)], encoded.chunks(rows * num_chunks + newest_B[rows])

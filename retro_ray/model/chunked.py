@@ -26,6 +26,7 @@ class ChunkedCrossAttention(CrossAttention):
         if config.cca_start == "copy":
             self.own_share = nn.Parameter(torch.zeros(config.encoder_dim))
             self.previous_share = nn.Parameter(torch.ones(config.encoder_dim))
+        self._start()
 
     def encoded_keys_values(self, encoded: EncodedNeighbours) -> KeysValues:
         """Keys and values of encoded neighbours, each [N, H, S, E].
@@ -73,11 +74,12 @@ class ChunkedCrossAttention(CrossAttention):
         mask = open_empty_rows(mask_BS)[:, None, None]
         return h_B1D + self.read(self.norm(h_B1D), rotary, keys_values, mask)
 
-    def initialise(self, num_layers: int) -> None:
-        """Starting weights: an output of zero, so that the decoder starts as it is without retrieval;
-        or, with `cca_start` "copy", a head that finds its own token and adds its successor.
+    def _start(self) -> None:
+        """An output of zero, so that the decoder starts as it is without retrieval.
+
+        Or, with `cca_start` "copy", heads that find their own token and add its successor.
         """
-        super().initialise(num_layers)
+        self.initialise(self.config.num_layers)
         nn.init.zeros_(self.out.weight)
         # Copying compares encoder outputs with decoder activations as they are. Between different
         # widths there is nothing to compare, and only the shifted keys and the null key remain.

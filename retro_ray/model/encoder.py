@@ -5,7 +5,9 @@ N stands for B * L, the chunks of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,7 @@ class EncodedNeighbours:
 
     def chunks(self, rows: Tensor) -> EncodedNeighbours:
         """Those of the chunks numbered `rows`."""
+        rows = rows.to(self.states_NSD.device)
         return EncodedNeighbours(
             states_NSD=self.states_NSD[rows],
             previous_NSD=None if self.previous_NSD is None else self.previous_NSD[rows],
@@ -56,6 +59,9 @@ class EncoderLayer(nn.Module):
             else None
         )
         self.feed_forward = FeedForward(dim, config.encoder_ffn_dim, eps)
+        for block in (self.self_attention, self.cross_attention, self.feed_forward):
+            if block is not None:
+                block.initialise(config.encoder_layers)
 
 
 class NeighbourEncoder(nn.Module):
@@ -64,7 +70,8 @@ class NeighbourEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.layers = nn.ModuleList(EncoderLayer(config, number) for number in range(1, config.encoder_layers + 1))
+        layers = nn.ModuleList(EncoderLayer(config, number) for number in range(1, config.encoder_layers + 1))
+        self.layers = cast("Sequence[EncoderLayer]", layers)  # a ModuleList forgets its modules' type
         self.context_norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
         self.norm = nn.RMSNorm(config.encoder_dim, eps=config.norm_eps)
 
@@ -119,11 +126,3 @@ class NeighbourEncoder(nn.Module):
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         return rotary_at(positions, self.config.head_dim, self.config.rope_base, dtype)
-
-    def initialise(self) -> None:
-        """Starting weights."""
-        for layer in self.layers:
-            layer.self_attention.initialise(self.config.encoder_layers)
-            if layer.cross_attention is not None:
-                layer.cross_attention.initialise(self.config.encoder_layers)
-            layer.feed_forward.initialise(self.config.encoder_layers)

@@ -6,7 +6,9 @@ R = 2M neighbour length, D width, V vocabulary. N = B * L, all the chunks of a b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,14 +26,18 @@ from retro_ray.model.layers import FeedForward, rotary_at
 
 
 class DecoderLayer(nn.Module):
-    """One layer p of the decoder; it has a chunked cross-attention if p is in P."""
+    """One layer p of the decoder; with a chunked cross-attention, added later, if p is in P."""
+
+    cca: ChunkedCrossAttention | None
 
     def __init__(self, config: ModelConfig, number: int) -> None:
         super().__init__()
         self.number = number
         self.self_attention = SelfAttention(config.hidden_dim, config.num_heads, config.head_dim, config.norm_eps)
-        self.cca = ChunkedCrossAttention(config) if number in config.cca_layers else None
+        self.register_module("cca", None)
         self.feed_forward = FeedForward(config.hidden_dim, config.ffn_dim, config.norm_eps)
+        self.self_attention.initialise(config.num_layers)
+        self.feed_forward.initialise(config.num_layers)
 
 
 class RetroModel(nn.Module):
@@ -47,16 +53,19 @@ class RetroModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         """Recompute the activations of each layer in the backward pass."""
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_dim)
-        self.layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
+        self.token_embedding = self._new_embedding(config.hidden_dim)
+        layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
+        self.layers = cast("Sequence[DecoderLayer]", layers)  # a ModuleList forgets its modules' type
         self.norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
-        untied = not config.tie_embeddings
-        self.untied_read_out = nn.Linear(config.hidden_dim, config.vocab_size, bias=False) if untied else None
+        self.untied_read_out = None if config.tie_embeddings else self._new_embedding(config.hidden_dim)
+
+        # Retrieval last: from the same seed a decoder starts alike with and without it.
         self.first_cca_layer = min(config.cca_layers, default=None)
-        own_embedding = config.cca_layers and not config.share_encoder_embedding
-        self.neighbour_embedding = nn.Embedding(config.vocab_size, config.encoder_dim) if own_embedding else None
         self.encoder = NeighbourEncoder(config) if config.cca_layers else None
-        self._initialise()
+        own_embedding = config.cca_layers and not config.share_encoder_embedding
+        self.neighbour_embedding = self._new_embedding(config.encoder_dim) if own_embedding else None
+        for number in config.cca_layers:
+            self.layers[number - 1].cca = ChunkedCrossAttention(config)
 
     def forward(
         self,
@@ -168,6 +177,14 @@ class RetroModel(nn.Module):
         h = embedding(tokens)
         return F.rms_norm(h, h.shape[-1:], eps=1e-8) if self.config.normalize_embeddings else h
 
+    def _new_embedding(self, dim: int) -> nn.Embedding:
+        """A [V, dim] table with starting weights."""
+        embedding = nn.Embedding(self.config.vocab_size, dim)
+        # A normalised embedding points at its own row of a tied read-out: the logit of the token
+        # itself starts at std * dim, which must not grow with the width.
+        nn.init.normal_(embedding.weight, std=min(0.02, 4 / dim) if self.config.normalize_embeddings else 0.02)
+        return embedding
+
     def _embed_neighbours(self, neighbours: Tensor) -> Tensor:
         """EMB_enc."""
         return self._embed(neighbours, self.neighbour_embedding or self.token_embedding)
@@ -224,22 +241,17 @@ class RetroModel(nn.Module):
         lengths_B = lengths_B.cpu()
         if not bool(((lengths_B >= 1) & (lengths_B <= tokens_BT.shape[1])).all()):
             raise ConfigError(f"prompt lengths {lengths_B.tolist()} must be from 1 to {tokens_BT.shape[1]}")
-        slots_B = torch.arange(len(tokens_BT)) if slots_B is None else slots_B.cpu()
-        device = tokens_BT.device
+        slots_B = (torch.arange(len(tokens_BT)) if slots_B is None else slots_B).to(tokens_BT.device)
 
         cache.reset(slots_B)
         h_BTD = self._embed(tokens_BT, self.token_embedding)
         inputs = sequence_inputs(self.config, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, None)
-        recorder = PromptRecorder(cache, slots_B.to(device), lengths_B, self.config.chunk_length)
+        recorder = PromptRecorder(cache, slots_B, lengths_B, self.config.chunk_length)
         h_BTD, encoded = self._decode(h_BTD, inputs, recorder)
         if encoded is not None:
-            num_chunks = encoded.states_NSD.shape[0] // len(tokens_BT)
-            newest_B = lengths_B // self.config.chunk_length - 1
-            rows = torch.nonzero((newest_B >= 0) & (newest_B < num_chunks))[:, 0]
-            newest = encoded.chunks((rows * num_chunks + newest_B[rows]).to(device))
-            self._store_neighbours(cache, slots_B[rows].to(device), newest)
-        cache.lengths[slots_B] = lengths_B
-        last_BD = h_BTD[torch.arange(len(tokens_BT), device=device), (lengths_B - 1).to(device)]
+            self._store(cache, *recorder.newest_chunks(encoded))
+        cache.lengths[slots_B.cpu()] = lengths_B
+        last_BD = h_BTD[torch.arange(len(h_BTD)), lengths_B - 1]
         return self.read_out(self.norm(last_BD))
 
     @torch.no_grad()
@@ -326,31 +338,8 @@ class RetroModel(nn.Module):
             return
         mask_NKR = None if mask_BKR is None else mask_BKR[slots]
         e_NKRD = self._embed_neighbours(neighbours_BKR[slots])
-        self._store_neighbours(cache, slots, self.encoder(e_NKRD, mask_NKR, cache.chunk_hidden[slots]))
+        self._store(cache, slots, self.encoder(e_NKRD, mask_NKR, cache.chunk_hidden[slots]))
 
-    def _store_neighbours(self, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours) -> None:
-        mask_NS = encoded.mask_NS
-        if mask_NS is None:
-            mask_NS = torch.ones(encoded.states_NSD.shape[:2], dtype=torch.bool, device=slots.device)
-        cache.write_neighbour_mask(slots, mask_NS)
-        for layer in self.layers:
-            if layer.cca is not None:
-                cache.write_neighbours(layer.number, slots, layer.cca.encoded_keys_values(encoded))
-
-    def _initialise(self) -> None:
-        """Starting weights, the same for the same torch seed."""
-        # A normalised embedding points at its own row of a tied read-out: the logit of the token
-        # itself starts at std * D, which must not grow with the width.
-        embedding_std = min(0.02, 4 / self.config.hidden_dim) if self.config.normalize_embeddings else 0.02
-        for module in (self.token_embedding, self.neighbour_embedding, self.untied_read_out):
-            if module is not None:
-                nn.init.normal_(module.weight, std=embedding_std)
-        for layer in self.layers:
-            layer.self_attention.initialise(self.config.num_layers)
-            layer.feed_forward.initialise(self.config.num_layers)
-        # Retrieval last: a decoder starts alike with and without it.
-        if self.encoder is not None:
-            self.encoder.initialise()
-        for layer in self.layers:
-            if layer.cca is not None:
-                layer.cca.initialise(self.config.num_layers)
+    def _store(self, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours) -> None:
+        cca_layers = ((layer.number, layer.cca) for layer in self.layers if layer.cca is not None)
+        cache.write_neighbours(slots, encoded, {n: cca.encoded_keys_values(encoded) for n, cca in cca_layers})

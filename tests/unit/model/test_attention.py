@@ -1,0 +1,63 @@
+"""The attention kernel and the rotary positions."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from retro_ray.model import attention
+from retro_ray.model.attention import attend, open_empty_rows
+from retro_ray.model.layers import rotary_at, rotate
+
+
+def random_qkv(num_queries: int, num_keys: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    lengths = (num_queries, num_keys, num_keys)
+    q, k, v = (torch.randn(2, 3, n, 8, dtype=torch.float64, requires_grad=True) for n in lengths)
+    return q, k, v
+
+
+@pytest.mark.parametrize("kind", ["free", "causal", "masked"])
+def test_both_kernels_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = random_qkv(5, 5)
+    mask = torch.rand(2, 1, 5, 5) < 0.5 if kind == "masked" else None
+    mask = None if mask is None else open_empty_rows(mask)
+    results = []
+    for most_positions in (0, 100):
+        monkeypatch.setattr(attention, "_PLAIN_MAX_POSITIONS", most_positions)
+        out = attend(q, k, v, mask, causal=kind == "causal")
+        results.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain)
+
+
+def test_attend_is_the_textbook_formula() -> None:
+    q, k, v = random_qkv(4, 7)
+    expected = F.softmax(torch.einsum("bhte,bhse->bhts", q, k) / math.sqrt(8), dim=-1) @ v
+    torch.testing.assert_close(attend(q, k, v), expected)
+
+
+def test_only_empty_rows_are_opened() -> None:
+    mask = torch.tensor([[True, False], [False, False]])
+    assert open_empty_rows(mask).tolist() == [[True, False], [True, True]]
+
+
+def test_rotated_products_depend_on_the_distance_alone() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+
+    def product(query_position: int, key_position: int) -> torch.Tensor:
+        at = [rotary_at(torch.tensor([p]), 8, 10_000.0, q.dtype) for p in (query_position, key_position)]
+        return (rotate(q, at[0]) * rotate(k, at[1])).sum()
+
+    torch.testing.assert_close(product(3, 1), product(103, 101))
+    assert not torch.isclose(product(3, 1), product(1, 3))
+    torch.testing.assert_close(product(7, 7), (q * k).sum())
+
+
+def test_positions_keep_their_precision_in_bfloat16() -> None:
+    """In bfloat16 arithmetic 257 would be 256."""
+    coarse = rotary_at(torch.tensor([256, 257]), 8, 10_000.0, torch.bfloat16)
+    exact = rotary_at(torch.tensor([256, 257]), 8, 10_000.0, torch.float64)
+    torch.testing.assert_close(coarse.cos.double(), exact.cos, atol=1e-4, rtol=0)

@@ -1,0 +1,112 @@
+"""The edges of incremental decoding; its equality to the full pass is in tests/properties."""
+
+import pytest
+import torch
+
+from retro_ray.errors import ConfigError
+from tests.unit.model.models import random_batch, random_model, small_config
+
+
+def test_reset_empties_one_slot_only() -> None:
+    config = small_config()
+    model = random_model(config)
+    batch = random_batch(config, num_tokens=9)
+    cache = model.new_cache(2, 12)
+    model.prefill(batch.tokens_BT, torch.tensor([9, 9]), cache, *batch.retrieval.values())
+    assert cache.cca_mask.any(dim=1).tolist() == [True, True]
+    cache.reset(0)
+    assert cache.lengths.tolist() == [0, 9]
+    assert cache.cca_mask.any(dim=1).tolist() == [False, True]
+    # The emptied slot decodes from its first token as a fresh sequence does.
+    logits_BV = model.decode_step(batch.tokens_BT[:, 0], cache)
+    torch.testing.assert_close(logits_BV[0], model(batch.tokens_BT[:1, :1])[0, 0])
+
+
+def test_completes_chunk_asks_for_neighbours_at_the_last_token() -> None:
+    model = random_model(small_config())
+    cache = model.new_cache(1, 9)
+    asked = []
+    for _ in range(9):
+        asked.append(bool(model.completes_chunk(cache)))
+        model.decode_step(torch.tensor([1]), cache)
+    assert asked == [False, False, False, True, False, False, False, True, False]
+
+
+def test_neighbours_of_a_slot_that_completes_no_chunk_are_ignored() -> None:
+    config = small_config()
+    model = random_model(config)
+    batch = random_batch(config, batch_size=1)
+    caches = [model.new_cache(1, 4) for _ in range(2)]
+    plain = model.decode_step(torch.tensor([1]), caches[0])
+    assert torch.equal(model.decode_step(torch.tensor([1]), caches[1], batch.neighbours_BLKR[:, 0]), plain)
+    assert not caches[1].cca_mask.any()
+
+
+def test_fewer_neighbours_replace_more() -> None:
+    """The second chunk has one neighbour where the first had two: nothing of the first remains."""
+    config = small_config(cca_start="copy")
+    model = random_model(config)
+    batch = random_batch(config, batch_size=1, num_tokens=11)
+    mask_BLKR = batch.mask_BLKR.clone()
+    mask_BLKR[:, 1, 1] = False
+    expected = model(batch.tokens_BT, neighbours_BLKR=batch.neighbours_BLKR, neighbour_mask_BLKR=mask_BLKR)
+    cache = model.new_cache(1, 11)
+    for t in range(11):
+        count = 2 if t == 3 else 1
+        neighbours_BKR = batch.neighbours_BLKR[:, t // 4, :count] if t in (3, 7) else None
+        mask_BKR = batch.mask_BLKR[:, t // 4, :count] if t in (3, 7) else None
+        logits_BV = model.decode_step(batch.tokens_BT[:, t], cache, neighbours_BKR, mask_BKR)
+        torch.testing.assert_close(logits_BV, expected[:, t])
+
+
+def test_decoding_in_bfloat16_stays_close() -> None:
+    config = small_config(normalize_embeddings=True, cca_start="copy")
+    model = random_model(config)
+    batch = random_batch(config, num_tokens=9)
+    expected = model(batch.tokens_BT, **batch.retrieval)[:, -1]
+    model = model.to(torch.bfloat16)
+    cache = model.new_cache(2, 9)
+    model.prefill(batch.tokens_BT[:, :8], torch.tensor([8, 8]), cache, *batch.retrieval.values())
+    logits_BV = model.decode_step(batch.tokens_BT[:, 8], cache)
+    assert logits_BV.dtype == torch.float32
+    assert torch.cosine_similarity(logits_BV.double(), expected).min() > 0.99
+
+
+def test_nothing_is_kept_for_a_backward_pass() -> None:
+    config = small_config()
+    model = random_model(config)
+    batch = random_batch(config)
+    cache = model.new_cache(2, 18)
+    logits_BV = model.prefill(batch.tokens_BT[:, :17], torch.tensor([17, 17]), cache, *batch.retrieval.values())
+    assert not logits_BV.requires_grad
+    assert not model.decode_step(batch.tokens_BT[:, 17], cache).requires_grad
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    config = small_config()
+    model = random_model(config)
+    batch = random_batch(config, num_neighbours=3)
+    lengths_B = torch.tensor([18, 18])
+    with pytest.raises(ConfigError, match="18 tokens does not fit a cache of max_tokens = 17"):
+        model.prefill(batch.tokens_BT, lengths_B, model.new_cache(2, 17))
+    cache = model.new_cache(2, 18)
+    with pytest.raises(ConfigError, match=r"3 neighbours per chunk do not fit .* num_neighbours = 2"):
+        model.prefill(batch.tokens_BT, lengths_B, cache, batch.neighbours_BLKR)
+    with pytest.raises(ConfigError, match=r"prompt lengths \[0, 18\] must be from 1 to 18"):
+        model.prefill(batch.tokens_BT, torch.tensor([0, 18]), cache)
+    model.prefill(batch.tokens_BT, lengths_B, cache)
+    with pytest.raises(ConfigError, match="19 tokens does not fit"):
+        model.decode_step(batch.tokens_BT[:, 0], cache)
+    with pytest.raises(ConfigError, match="3 neighbours"):
+        model.decode_step(batch.tokens_BT[:, 0], model.new_cache(2, 18), batch.neighbours_BLKR[:, 0])
+
+
+def test_full_slots_may_stay_while_others_go_on() -> None:
+    config = small_config()
+    model = random_model(config)
+    batch = random_batch(config, num_tokens=6)
+    cache = model.new_cache(2, 6)
+    model.prefill(batch.tokens_BT, torch.tensor([6, 5]), cache, *batch.retrieval.values())
+    logits_BV = model.decode_step(batch.tokens_BT[:, 5], cache, active_B=torch.tensor([False, True]))
+    torch.testing.assert_close(logits_BV[1], model(batch.tokens_BT, **batch.retrieval)[1, 5])
+    assert cache.lengths.tolist() == [6, 6]
