@@ -168,7 +168,8 @@ def _write_neighbours(
     chunk_ids = np.full((len(own), num_neighbours), -1, np.int64)
     for row, document in enumerate(own):
         allowed = np.flatnonzero(owner != document)
-        found = rng.choice(allowed, size=int(rng.integers(num_neighbours // 2, num_neighbours + 1)), replace=False)
+        count = min(int(rng.integers(num_neighbours // 2, num_neighbours + 1)), len(allowed))
+        found = rng.choice(allowed, size=count, replace=False) if count else allowed[:0]
         chunk_ids[row, : len(found)] = found
     distances = np.sort(rng.random((len(own), num_neighbours)).astype(np.float32), axis=1)
     distances[chunk_ids < 0] = np.inf

@@ -105,7 +105,7 @@ def fit(job: TrainingJob, *, num_workers: int, use_gpu: bool, say: Callable[[str
         RetroRayError: training failed; the message says why, in one line.
     """
     cpus_per_worker = max(1, int(ray.available_resources().get("CPU", 1)) // num_workers)
-    board = ray.remote(num_cpus=0)(NoticeBoard).remote()
+    board: Any = ray.remote(NoticeBoard).options(num_cpus=0).remote()
     scratch = job.run_directory / "ray"
     shutil.rmtree(scratch, ignore_errors=True)
     # A GPU's worker computes on the GPU: torch's choice of threads will do.
@@ -141,7 +141,7 @@ def fit(job: TrainingJob, *, num_workers: int, use_gpu: bool, say: Callable[[str
 
 
 @contextmanager
-def _repeating_lines(board: ray.actor.ActorHandle, say: Callable[[str], None]) -> Iterator[None]:
+def _repeating_lines(board: Any, say: Callable[[str], None]) -> Iterator[None]:
     """Passes the workers' lines to `say` while the block runs."""
     stopping = threading.Event()
 

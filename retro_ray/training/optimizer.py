@@ -113,9 +113,11 @@ class Optimizer:
             optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
-def _vocabulary_parameters(model: nn.Module) -> list[nn.Parameter]:
+def _vocabulary_parameters(model: nn.Module) -> list[torch.Tensor]:
     """Embeddings and read-out: their rows are tokens, not directions, so that Muon is not for them."""
-    found = [p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()]
+    found: list[torch.Tensor] = [
+        p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    ]
     vocab_size = max((p.shape[0] for p in found), default=0)
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     return found + [weight for weight in linear if weight.shape[0] == vocab_size]

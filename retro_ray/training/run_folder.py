@@ -16,6 +16,7 @@ from retro_ray.config import RunConfig
 from retro_ray.database.format import Manifest, write_json_atomically
 from retro_ray.errors import CheckpointError, ConfigError
 from retro_ray.recipes import get_recipe
+from retro_ray.training.windows import require_stored_neighbours
 
 CONFIG_NAME = "config.json"
 
@@ -70,7 +71,10 @@ def new_config(recipe: str, manifest: Manifest, model: dict[str, Any], training:
         ConfigError: no such recipe, or settings that cannot work.
     """
     config = get_recipe(recipe)(manifest.vocab_size, manifest.chunk_length)
-    return replaced(dataclasses.replace(config, model=dataclasses.replace(config.model, **model)), training)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+    if config.model.cca_layers:
+        require_stored_neighbours(manifest, config.model.num_neighbours)
+    return replaced(config, training)
 
 
 def resumed_config(directory: Path, recipe: str | None, model: dict[str, Any], training: dict[str, Any]) -> RunConfig:

@@ -15,12 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from retro_ray.config import RunConfig
 from retro_ray.database.store import ChunkStore, Database
-from retro_ray.evaluation.bits_per_byte import BitsPerByte, choose_documents, score_documents
+from retro_ray.evaluation.bits_per_byte import BitsPerByte, RetrievalMode, choose_documents, score_documents
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.batches import Prefetcher, TrainingBatches
 from retro_ray.training.checkpoint import (
@@ -142,10 +143,10 @@ class Trainer:
         if store is None or store.num_documents == 0:
             return {}
         documents = choose_documents(store, self._config.num_evaluation_chunks, self._config.seed)
-        modes = ("on", "off") if self._job.config.model.cca_layers else ("off",)
+        modes: tuple[RetrievalMode, ...] = ("on", "off") if self._job.config.model.cca_layers else ("off",)
         return {mode: self._score(store, documents[self._rank :: self._world_size], mode).value for mode in modes}
 
-    def _score(self, store: ChunkStore, documents, mode) -> BitsPerByte:
+    def _score(self, store: ChunkStore, documents: np.ndarray, mode: RetrievalMode) -> BitsPerByte:
         score = score_documents(
             self._model,
             store,

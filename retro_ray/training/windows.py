@@ -7,11 +7,12 @@ chunk length, T = L*M tokens, K neighbours, R = 2M neighbour length.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from retro_ray.database.format import Manifest
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.errors import ConfigError
 
@@ -46,9 +47,15 @@ class Batch:
             return self
         return self._map(lambda tensor: tensor.pin_memory().to(device, non_blocking=True))
 
-    def _map(self, change) -> Batch:
-        parts = ((part.name, getattr(self, part.name)) for part in fields(self))
-        return Batch(**{name: None if tensor is None else change(tensor) for name, tensor in parts})
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        neighbours, mask = self.neighbours_BLKR, self.neighbour_mask_BLKR
+        return Batch(
+            tokens_BT=change(self.tokens_BT),
+            targets_BT=change(self.targets_BT),
+            segments_BT=change(self.segments_BT),
+            neighbours_BLKR=None if neighbours is None else change(neighbours),
+            neighbour_mask_BLKR=None if mask is None else change(mask),
+        )
 
 
 class ChunkTable:
@@ -86,7 +93,7 @@ class ChunkTable:
         """int64 [n]: the document of each chunk."""
         return np.searchsorted(self.document_first, chunks, side="right") - 1
 
-    def _gather(self, chunks: np.ndarray, read) -> np.ndarray:
+    def _gather(self, chunks: np.ndarray, read: Callable[[ChunkStore, np.ndarray], np.ndarray]) -> np.ndarray:
         if len(self._stores) == 1:
             return read(self._stores[0], chunks)
         store_of = np.searchsorted(self._first_of_store, chunks, side="right") - 1
@@ -107,18 +114,27 @@ NeighbourSource = Callable[[np.ndarray], np.ndarray]
 """From chunk numbers of a table, int64 [n], to the chunk_ids of their neighbours, int64 [n, K]."""
 
 
+def require_stored_neighbours(manifest: Manifest, num_neighbours: int) -> None:
+    """Check that a database stores as many neighbours per chunk as are asked for.
+
+    Raises:
+        ConfigError: it stores fewer.
+    """
+    stored = manifest.num_neighbours
+    if num_neighbours > stored:
+        raise ConfigError(
+            f"--num-neighbours is {num_neighbours}, the database stores {stored} per chunk: use at most "
+            f"{stored}, or rebuild it with jobs/index.py --num-neighbours {num_neighbours}"
+        )
+
+
 def stored_neighbours(table: ChunkTable, database: Database, num_neighbours: int) -> NeighbourSource | None:
     """The first `num_neighbours` of the neighbours stored with the chunks; None for 0.
 
     Raises:
         ConfigError: the database stores fewer neighbours per chunk.
     """
-    stored = database.manifest.num_neighbours
-    if num_neighbours > stored:
-        raise ConfigError(
-            f"--num-neighbours is {num_neighbours}, the database stores {stored} per chunk: use at most "
-            f"{stored}, or rebuild it with jobs/index.py --num-neighbours {num_neighbours}"
-        )
+    require_stored_neighbours(database.manifest, num_neighbours)
     if num_neighbours == 0:
         return None
     return lambda chunks: table.stored_neighbours(chunks)[:, :num_neighbours]
