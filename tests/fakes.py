@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from retro_ray.config import ModelConfig, RunConfig, TrainingConfig
 from retro_ray.database.arrow_rows import fixed_size_lists, write_rows
 from retro_ray.database.format import (
     DOCUMENTS_SCHEMA,
@@ -100,6 +102,41 @@ def write_tiny_database(
     )
     write_manifest(directory, manifest)
     return Database.open(home)
+
+
+def tiny_run_config(database: Database, **training: Any) -> RunConfig:
+    """A model of some ten thousand weights for a tiny database, with settings of its training replaced."""
+    model = ModelConfig(
+        vocab_size=database.manifest.vocab_size,
+        chunk_length=database.chunk_length,
+        num_chunks=4,
+        hidden_dim=16,
+        num_layers=2,
+        num_heads=2,
+        head_dim=8,
+        ffn_dim=32,
+        cca_layers=(2,),
+        encoder_dim=16,
+        encoder_layers=1,
+        encoder_heads=2,
+        encoder_ffn_dim=32,
+        encoder_ca_layers=(1,),
+        share_encoder_embedding=True,
+        cca_start="copy",
+    )
+    settings = {
+        "num_steps": 12,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "learning_rate": 1e-2,
+        "num_warmup_steps": 2,
+        "retrieval_dropout": 0.2,
+        "precision": "fp32",
+        "checkpoint_every": 4,
+        "evaluate_every": 6,
+        "num_evaluation_chunks": 30,
+    }
+    return RunConfig(recipe="test", model=model, training=TrainingConfig(**{**settings, **training}))
 
 
 def _chunk(tokenizer: TextTokenizer, texts: list[str], chunk_length: int) -> dict[str, np.ndarray]:
