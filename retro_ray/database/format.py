@@ -29,6 +29,7 @@ from retro_ray.errors import DatabaseError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+NEIGHBOURS_NAME = "neighbours.arrow"
 
 DOCUMENTS_SCHEMA = pa.schema(
     {
@@ -113,7 +114,7 @@ class Partition:
 
     @property
     def neighbours(self) -> str:
-        return f"{self.folder}/neighbours.arrow"
+        return f"{self.folder}/{NEIGHBOURS_NAME}"
 
     @property
     def index(self) -> str:
@@ -165,11 +166,17 @@ class Manifest:
 
     @property
     def version(self) -> str:
-        """16 hex digits of what the database holds: equal contents, equal version."""
+        """16 hex digits of what the database holds: equal contents, equal version.
+
+        The stored neighbours are left out. They follow from the rest, and are found through shard
+        actors that already bear the version's name.
+        """
         content = self.to_dict()
         for volatile in ("stage_seconds", "created", "build", "settings"):
             content.pop(volatile)
-        content["files"] = sorted(record["sha256"] for record in content["files"].values())
+        content["files"] = sorted(
+            record["sha256"] for path, record in content["files"].items() if not path.endswith(NEIGHBOURS_NAME)
+        )
         content["shards"] = [{**shard, "folder": ""} for shard in content["shards"]]
         if content["validation"] is not None:
             content["validation"] = {**content["validation"], "folder": ""}

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+import torch
 
-from retro_ray.database.store import DocumentRef
+from retro_ray.database.store import Database, DocumentRef
 from retro_ray.embedding import ChunkEmbedder
+from retro_ray.errors import MismatchError
 from retro_ray.text.tokenizer import TextTokenizer
 
 
@@ -68,6 +70,23 @@ class ChunkRetriever:
         self.tokenizer = tokenizer
         self._embedder = embedder
         self._retriever = retriever
+
+    @classmethod
+    def open(cls, database: Database, retriever: Retriever, device: str | torch.device | None = None) -> ChunkRetriever:
+        """A ChunkRetriever with the tokenizer and the embedder that `database` was built with.
+
+        Raises:
+            MismatchError: the embedder of that name has other weights here.
+        """
+        manifest = database.manifest
+        embedder = ChunkEmbedder(manifest.embedder_name, device=device)
+        if embedder.fingerprint != manifest.embedder_fingerprint:
+            raise MismatchError(
+                f"the embedder {manifest.embedder_name} here has fingerprint {embedder.fingerprint}, the database in "
+                f"{database.directory} was built with {manifest.embedder_fingerprint}: install that one, or rebuild "
+                "the database with jobs/index.py"
+            )
+        return cls(database.tokenizer, embedder, retriever)
 
     def retrieve_texts(self, texts: Sequence[str], k: int) -> NeighbourSet:
         """The `k` nearest chunks of each text."""

@@ -1,0 +1,56 @@
+#!/usr/bin/env python3
+"""Build the retrieval database: documents -> chunks -> keys -> index shards -> neighbours."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retro_ray.command_line import parse, run
+from retro_ray.config import CorpusConfig, DatabaseConfig, default_home
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexJob:
+    """Build the retrieval database of a home from documents.
+
+    Started again after an interruption, it goes on where it was; started again with the same input
+    and settings, it finds that there is nothing to do.
+    """
+
+    home: Path = field(default_factory=default_home)
+    """Folder of everything retro_ray keeps; all nodes of a cluster must share it."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    database: DatabaseConfig = field(default_factory=DatabaseConfig)
+    json: bool = False
+    """Print the result as one JSON object."""
+
+
+def main(job: IndexJob) -> None:
+    from retro_ray.database.build import DatabaseBuilder
+    from retro_ray.database.summary import describe_build
+    from retro_ray.ray_session import connect
+
+    start = time.perf_counter()
+    connect()
+    home = job.home.expanduser().absolute()
+    manifest = DatabaseBuilder(home, job.corpus, job.database).run()
+    result = describe_build(home, manifest, time.perf_counter() - start)
+    print(
+        json.dumps(result, indent=2)
+        if job.json
+        else "\n".join(f"{name:>18}  {value}" for name, value in result.items())
+    )
+
+
+if __name__ == "__main__":
+    parsed = parse(IndexJob, "jobs/index.py")
+
+    def explain(error: BaseException):
+        from retro_ray.ray_session import user_error
+
+        return user_error(error, parsed.home)
+
+    run(lambda: main(parsed), explain)

@@ -1,0 +1,406 @@
+"""Building a retrieval database on Ray, from documents to the committed manifest.
+
+    plan -> survey -> tokenizer -> chunk and embed (Ray Data) -> assemble shards -> index -> neighbours -> commit
+
+Every stage leaves files that appear whole or not at all, under a folder named by what was asked for;
+a run that finds them goes on from there. So a job killed at any moment is continued by starting it
+again, and nothing is a database before its manifest is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import ray
+import ray.data
+from tqdm import tqdm
+
+from retro_ray.allocator import FAST_ALLOCATOR_ENV
+from retro_ray.config import CorpusConfig, DatabaseConfig
+from retro_ray.database import survey as surveys
+from retro_ray.database.assemble import assemble_partition, key_blocks, sample_keys
+from retro_ray.database.embed_pages import PageEmbedder, chunk_units, unit_is_finished
+from retro_ray.database.format import (
+    FORMAT_VERSION,
+    FileRecord,
+    Manifest,
+    Partition,
+    database_directory,
+    file_record,
+    fingerprint,
+    read_manifest,
+    write_manifest,
+)
+from retro_ray.database.pages import CHUNKS_PER_PAGE
+from retro_ray.database.split import VALIDATION, Split
+from retro_ray.database.store import ChunkStore, Database
+from retro_ray.embedding import ChunkEmbedder
+from retro_ray.errors import DatabaseError
+from retro_ray.index.build import choose_index, fill_index, num_training_keys, read_index, train_index, write_index
+from retro_ray.ray_session import num_cluster_cpus, num_cluster_gpus, run_tasks
+from retro_ray.retrieval.neighbours import write_neighbours
+from retro_ray.retrieval.shard_actor import stop_shard_actors
+from retro_ray.retrieval.sharded import ShardedRetriever
+from retro_ray.text.corpus import ReadUnit, SkippedRecord, plan_units
+from retro_ray.text.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_BYTES_PER_SHARD = 16 << 30
+_MIN_SHARDS = 2
+# Ray Data cuts blocks at this size. A page is larger, so every page is a block and all embedders get some.
+_BLOCK_BYTES = 1 << 15
+# An embedder actor and the chunking tasks that feed it share its CPU.
+_CPUS_PER_EMBEDDER = 0.75
+_CPUS_PER_CHUNKER = 0.5
+
+
+class DatabaseBuilder:
+    """Builds the database of a home, or goes on with an interrupted build of the same.
+
+    Args:
+        home: folder that all nodes of the cluster share.
+        corpus: what to read.
+        config: what to make of it.
+    """
+
+    def __init__(self, home: Path, corpus: CorpusConfig, config: DatabaseConfig) -> None:
+        self._home = home
+        self._directory = database_directory(home)
+        self._corpus = corpus
+        self._config = config
+        self._stage_seconds: dict[str, float] = {}
+
+    def run(self) -> Manifest:
+        """Build and commit.
+
+        Raises:
+            RetroRayError: the input, a setting or the disk is not as needed. The database that was
+                there before is untouched, and finished work is kept for the next run.
+        """
+        self._directory.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            with self._stage("plan"):
+                units = self._plan()
+            if (manifest := self._existing()) is not None:
+                logger.info("the database in %s is up to date (version %s)", self._directory, manifest.version)
+                return manifest
+            for leftover in self._build.rglob("*.tmp*"):
+                leftover.unlink(missing_ok=True)
+            with self._stage("survey"):
+                hashes, skipped = self._survey(units)
+            split = Split.of(hashes, self._num_shards(units), self._config.validation_share, self._config.seed)
+            with self._stage("tokenizer"):
+                tokenizer = self._prepare_tokenizer(units)
+            with self._stage("embed"):
+                self._chunk_and_embed(units, split, tokenizer)
+            with self._stage("assemble"):
+                partitions = self._assemble(units, split, tokenizer)
+            with self._stage("index"):
+                manifest = self._index(partitions, tokenizer, skipped)
+            with self._stage("neighbours"):
+                manifest = self._find_neighbours(manifest)
+            return self._commit(manifest, skipped)
+
+    @property
+    def _build(self) -> Path:
+        return self._directory / self._build_id
+
+    @property
+    def _work(self) -> Path:
+        return self._build / "work"
+
+    @property
+    def _pages(self) -> Path:
+        return self._work / "pages"
+
+    @property
+    def _tokenizer_folder(self) -> Path:
+        return self._build / "tokenizer"
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        logger.info("%s ...", name)
+        start = time.perf_counter()
+        yield
+        self._stage_seconds[name] = round(time.perf_counter() - start, 3)
+        logger.info("%s: %.1f s", name, self._stage_seconds[name])
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self._directory / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise DatabaseError(
+                    f"another job is building the database in {self._directory}: wait for it, or pass another --home"
+                ) from None
+            yield
+
+    def _plan(self) -> list[ReadUnit]:
+        """Divide the input into units; what is asked for names the build."""
+        units = plan_units(self._corpus)
+        embedder = ChunkEmbedder(self._config.embedder, device="cpu", bf16=False)
+        self._embedder_fingerprint, self._key_dim = embedder.fingerprint, embedder.dim
+        self._build_id = fingerprint(
+            {
+                "format_version": FORMAT_VERSION,
+                "chunks_per_page": CHUNKS_PER_PAGE,
+                "corpus": dataclasses.asdict(self._corpus),
+                "config": dataclasses.asdict(self._config),
+                "embedder": self._embedder_fingerprint,
+                "units": [unit.to_dict() for unit in units],
+                "files": [_file_identity(file) for unit in units for file in unit.files],
+            }
+        )
+        self._pages.mkdir(parents=True, exist_ok=True)
+        return units
+
+    def _existing(self) -> Manifest | None:
+        """The committed manifest, if it is of this very build."""
+        try:
+            manifest = read_manifest(self._directory)
+        except DatabaseError as error:
+            logger.debug("no usable database yet: %s", error)
+            return None
+        if manifest.build != self._build_id:
+            return None
+        shutil.rmtree(self._work)
+        return manifest
+
+    def _num_shards(self, units: list[ReadUnit]) -> int:
+        if self._config.num_shards is not None:
+            return self._config.num_shards
+        return _MIN_SHARDS + sum(unit.size_bytes for unit in units) // _BYTES_PER_SHARD
+
+    def _survey(self, units: list[ReadUnit]) -> tuple[np.ndarray, list[SkippedRecord]]:
+        """Hashes of all document ids, uint64 [n], and what cannot be read."""
+        folder = self._work / "survey"
+        folder.mkdir(exist_ok=True)
+        num_bytes = sum(unit.size_bytes for unit in units)
+        share = min(1.0, surveys.MAX_SAMPLE_BYTES / max(1, num_bytes))
+        todo = [unit for unit in units if not surveys.survey_path(folder, unit.index).exists()]
+        task = ray.remote(_survey_unit)
+        for _ in run_tasks(task, [(unit, self._corpus, share, folder) for unit in todo], "read"):
+            pass
+        summaries = [json.loads(surveys.survey_path(folder, unit.index).read_text()) for unit in units]
+        skipped = [SkippedRecord(**record) for summary in summaries for record in summary["skipped"]]
+        num_documents = sum(summary["num_documents"] for summary in summaries)
+        surveys.refuse_empty_corpus(skipped, num_documents, self._corpus)
+        hashes = [surveys.read_hashes(folder, unit.index) for unit in units]
+        surveys.refuse_doubled_ids(hashes, units, self._corpus)
+        self._num_text_bytes = sum(summary["num_bytes"] for summary in summaries)
+        logger.info("%d documents, %.1f MB, %d skipped", num_documents, self._num_text_bytes / 1e6, len(skipped))
+        return np.concatenate(hashes), skipped
+
+    def _prepare_tokenizer(self, units: list[ReadUnit]) -> TextTokenizer:
+        if (self._tokenizer_folder / "tokenizer_meta.json").exists():
+            return TextTokenizer.load(self._tokenizer_folder)
+        name = self._config.tokenizer
+        if name.startswith("train:"):
+            tokenizer = train_tokenizer(self._sample(units), int(name.removeprefix("train:")), name)
+        else:
+            tokenizer = load_tokenizer(name)
+        tokenizer.save(self._tokenizer_folder)
+        return tokenizer
+
+    def _sample(self, units: list[ReadUnit]) -> Iterator[str]:
+        num_bytes = 0
+        for unit in units:
+            for text in surveys.read_sample(self._work / "survey", unit.index):
+                num_bytes += len(text.encode())
+                if num_bytes > surveys.MAX_SAMPLE_BYTES:
+                    return
+                yield text
+
+    def _chunk_and_embed(self, units: list[ReadUnit], split: Split, tokenizer: TextTokenizer) -> None:
+        todo = [unit for unit in units if not unit_is_finished(self._pages, unit.index)]
+        if not todo:
+            return
+        context = ray.data.DataContext.get_current()
+        context.target_max_block_size = _BLOCK_BYTES
+        context.enable_progress_bars = False  # one bar of ours instead, in chunks
+        num_cpus, num_gpus = num_cluster_cpus(), num_cluster_gpus()
+        num_embedders = num_gpus or num_cpus
+        embedder_resources = {"num_gpus": 1} if num_gpus else {"num_cpus": _CPUS_PER_EMBEDDER}
+        receipts = (
+            ray.data.from_items([{"unit": json.dumps(unit.to_dict())} for unit in todo], override_num_blocks=len(todo))
+            .map_batches(
+                chunk_units,
+                fn_kwargs={
+                    "pages": self._pages,
+                    "corpus": self._corpus,
+                    "split": split,
+                    "tokenizer_folder": self._tokenizer_folder,
+                    "chunk_length": self._config.chunk_length,
+                },
+                batch_size=1,
+                compute=ray.data.TaskPoolStrategy(size=max(1, num_cpus // 4)),
+                num_cpus=_CPUS_PER_CHUNKER,
+                runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+            )
+            .map_batches(
+                PageEmbedder,
+                fn_constructor_args=(self._pages, self._tokenizer_folder, self._config.embedder, 1),
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=num_embedders),
+                runtime_env={"env_vars": {**FAST_ALLOCATOR_ENV, "TOKENIZERS_PARALLELISM": "false"}},
+                **embedder_resources,
+            )
+        )
+        bytes_per_chunk = self._config.chunk_length * self._bytes_per_token(units, tokenizer)
+        estimate = int(self._num_text_bytes / bytes_per_chunk)
+        with tqdm(total=estimate, desc="embed", unit=" chunks", mininterval=2.0) as bar:
+            for batch in receipts.iter_batches(batch_size=None):
+                bar.update(int(batch["num_chunks"].sum()))
+            bar.total = bar.n
+        unfinished = [unit.index for unit in units if not unit_is_finished(self._pages, unit.index)]
+        if unfinished:
+            raise DatabaseError(f"units {unfinished[:10]} were not embedded completely: start the job again to go on")
+
+    def _bytes_per_token(self, units: list[ReadUnit], tokenizer: TextTokenizer) -> float:
+        """From a little of the text, for the length of the progress bar."""
+        text = next(self._sample(units), "")[:100_000]
+        return len(text.encode()) / max(1, len(tokenizer.encode(text))) if text else 4.0
+
+    def _assemble(self, units: list[ReadUnit], split: Split, tokenizer: TextTokenizer) -> list[Partition]:
+        """Partitions with chunks, the shards first and numbered by chunk_id_base."""
+        indices = [unit.index for unit in units]
+        shape = (self._config.chunk_length, tokenizer.vocab_size, self._key_dim)
+        arguments = [(self._pages, indices, name, self._build / name, *shape) for name in split.partitions]
+        done = [
+            partition for partition in run_tasks(ray.remote(assemble_partition), arguments, "assemble") if partition
+        ]
+        partitions, base = [], 0
+        for partition in sorted(done, key=lambda partition: (partition.name == VALIDATION, partition.name)):
+            if partition.name == VALIDATION:
+                partitions.append(partition)
+                continue
+            partitions.append(dataclasses.replace(partition, chunk_id_base=base))
+            base += partition.num_chunks
+        return partitions
+
+    def _index(self, partitions: list[Partition], tokenizer: TextTokenizer, skipped: list[SkippedRecord]) -> Manifest:
+        """Train the codec once, fill every shard's index; returns the manifest, but for the neighbours."""
+        shards = tuple(partition for partition in partitions if partition.name != VALIDATION)
+        validation = next((partition for partition in partitions if partition.name == VALIDATION), None)
+        num_chunks = sum(shard.num_chunks for shard in shards)
+        spec = choose_index(num_chunks, self._key_dim)
+        codec = self._work / "codec.faiss"
+        if not codec.exists():
+            num_keys = num_training_keys(spec, num_chunks)
+            sample = sample_keys([self._directory / shard.keys for shard in shards], num_keys, self._config.seed)
+            write_index(train_index(spec, self._key_dim, sample), codec)
+        todo = [(codec, self._directory / shard.keys, self._directory / shard.index) for shard in shards]
+        todo = [paths for paths in todo if not paths[-1].exists()]
+        for _ in run_tasks(ray.remote(_fill_shard), todo, "index"):
+            pass
+        manifest = Manifest(
+            build=self._build_id,
+            chunk_length=self._config.chunk_length,
+            tokenizer_name=tokenizer.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            embedder_name=self._config.embedder,
+            embedder_fingerprint=self._embedder_fingerprint,
+            key_dim=self._key_dim,
+            index=spec,
+            num_neighbours=self._config.num_neighbours,
+            shards=shards,
+            validation=validation,
+            files={},
+            settings={"corpus": dataclasses.asdict(self._corpus), "database": dataclasses.asdict(self._config)},
+            skipped=dict(Counter(record.category for record in skipped)),
+        )
+        paths = [f"{self._build_id}/tokenizer/{path.name}" for path in sorted(self._tokenizer_folder.iterdir())]
+        for partition in partitions:
+            paths += [partition.chunks, partition.documents, partition.keys]
+        return dataclasses.replace(manifest, files=self._checksums(paths + [shard.index for shard in shards]))
+
+    def _checksums(self, paths: list[str]) -> dict[str, FileRecord]:
+        records = run_tasks(ray.remote(_named_record), [(self._directory, path) for path in paths], "checksums")
+        return dict(sorted(records))
+
+    def _find_neighbours(self, manifest: Manifest) -> Manifest:
+        """Search the neighbours of every chunk through the shard actors of this version."""
+        partitions = [*manifest.shards, *([manifest.validation] if manifest.validation else [])]
+        todo = [(self._directory, manifest, part) for part in partitions if not self._neighbours_of(part).exists()]
+        # The shards do the work; two tasks in flight keep them busy while one of them merges and writes.
+        search = ray.remote(num_cpus=0)(_search_neighbours)
+        for _ in run_tasks(search, todo, "neighbours", max_in_flight=2):
+            pass
+        records = self._checksums([partition.neighbours for partition in partitions])
+        return dataclasses.replace(manifest, files={**manifest.files, **records})
+
+    def _neighbours_of(self, partition: Partition) -> Path:
+        return self._directory / partition.neighbours
+
+    def _commit(self, manifest: Manifest, skipped: list[SkippedRecord]) -> Manifest:
+        """Write the manifest; then clear away what it makes superfluous."""
+        with (self._build / "skipped.jsonl").open("w", encoding="utf-8") as file:
+            for record in skipped:
+                file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
+        previous = _committed_build(self._directory)
+        manifest = dataclasses.replace(
+            manifest,
+            stage_seconds=self._stage_seconds,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        write_manifest(self._directory, manifest)
+        # A service may still read the version before this one; older ones and abandoned builds go.
+        for folder in self._directory.iterdir():
+            if folder.is_dir() and folder.name not in (self._build_id, previous):
+                shutil.rmtree(folder)
+        shutil.rmtree(self._work)
+        for summary in self._build.glob("*/partition.json"):
+            summary.unlink()
+        stop_shard_actors(self._directory, except_version=manifest.version)
+        return manifest
+
+
+def _file_identity(file: str) -> list[object]:
+    """Name, size and time of change of an input file; modules of python-docs stand for themselves."""
+    if "/" not in file:
+        return [file]
+    info = fsspec.core.url_to_fs(file)
+    details = info[0].info(info[1])
+    changed = details.get("ETag") or details.get("mtime") or details.get("LastModified")
+    return [file, details.get("size"), str(changed)]
+
+
+def _committed_build(directory: Path) -> str | None:
+    try:
+        return read_manifest(directory).build
+    except DatabaseError:
+        return None
+
+
+def _survey_unit(unit: ReadUnit, corpus: CorpusConfig, sample_share: float, folder: Path) -> None:
+    surveys.write_survey(surveys.survey_unit(unit, corpus, sample_share), folder)
+
+
+def _fill_shard(codec: Path, keys: Path, target: Path) -> None:
+    write_index(fill_index(read_index(codec), key_blocks(keys)), target)
+
+
+def _named_record(directory: Path, path: str) -> tuple[str, FileRecord]:
+    return path, file_record(directory / path)
+
+
+def _search_neighbours(directory: Path, manifest: Manifest, partition: Partition) -> int:
+    database = Database(directory, manifest)
+    store = ChunkStore(directory, partition, manifest.chunk_length)
+    path = directory / partition.neighbours
+    return write_neighbours(store, ShardedRetriever(database), manifest.num_neighbours, path)

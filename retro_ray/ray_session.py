@@ -1,0 +1,98 @@
+"""Connecting to Ray, and reading what failed on it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from tqdm import tqdm
+
+from retro_ray.errors import DatabaseError, RetroRayError
+
+NAMESPACE = "retro_ray"
+"""Where the detached shard actors are found by every job, training run and service."""
+_OBJECT_STORE_BYTES = 1 << 30
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def connect() -> None:
+    """Connect to the running Ray cluster, else start one on this machine's loopback.
+
+    `RAY_ADDRESS` names the cluster; `RAY_ADDRESS=local` always starts one that ends with this process.
+    """
+    if ray.is_initialized():
+        return
+    quiet = {"log_to_driver": bool(os.environ.get("RETRO_RAY_WORKER_LOGS")), "logging_level": logging.WARNING}
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address != "local":
+        try:
+            ray.init(address=address, namespace=NAMESPACE, **quiet)
+        except ConnectionError:
+            if address != "auto":
+                raise
+        else:
+            return
+    ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        **quiet,
+    )
+
+
+def num_cluster_cpus() -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def num_cluster_gpus() -> int:
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def run_tasks(
+    function: Any, arguments: Sequence[tuple], description: str, max_in_flight: int | None = None
+) -> Iterator[Any]:
+    """Run a remote function once per tuple of arguments; yields results as they come, behind a progress bar."""
+    max_in_flight = max_in_flight or 2 * num_cluster_cpus()
+    waiting = list(reversed(arguments))
+    running: list[ray.ObjectRef] = []
+    with tqdm(total=len(arguments), desc=description, disable=len(arguments) < 2, mininterval=1.0) as bar:
+        while waiting or running:
+            while waiting and len(running) < max_in_flight:
+                running.append(function.remote(*waiting.pop()))
+            done, running = ray.wait(running, num_returns=1)
+            yield ray.get(done[0])
+            bar.update()
+
+
+def user_error(error: BaseException, home: Path) -> RetroRayError | None:
+    """What a user can mend behind an error that crossed Ray's processes; None where there is nothing.
+
+    Looks through the causes that Ray wraps around what a task raised.
+    """
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, RetroRayError):
+            return current
+        if isinstance(current, OSError) and current.errno in _NO_SPACE:
+            return DatabaseError(
+                f"no space left while writing under {home} ({os.strerror(current.errno)}): free some or pass another "
+                "--home, and start again; what was there before is untouched, and finished work is kept"
+            )
+        pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
+    return None
+
+
+__all__ = ["NAMESPACE", "RayError", "connect", "num_cluster_cpus", "num_cluster_gpus", "run_tasks", "user_error"]
