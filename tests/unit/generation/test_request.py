@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -46,7 +48,7 @@ def test_cited_stretches_cut_no_character_and_lose_none(tokenizer, text: str) ->
     assert len(citations) == -(-len(state.generated) // M)
     stretches = [text[citation.text_start : citation.text_end] for citation in citations]
     assert "".join(stretches) == text == state.text()
-    assert all(a.text_end == b.text_start for a, b in zip(citations, citations[1:], strict=False))
+    assert all(a.text_end == b.text_start for a, b in itertools.pairwise(citations))
 
 
 def test_a_tokenizer_that_drops_the_first_space_keeps_the_one_after_the_prompt() -> None:
