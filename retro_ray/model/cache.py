@@ -80,9 +80,8 @@ class DecodeCache:
     def write_neighbours(
         self, slots: Tensor, encoded: EncodedNeighbours, keys_values: Mapping[int, KeysValues]
     ) -> None:
-        """Store encoded neighbours of len(slots) chunks: by CCA layer, keys and values [N, H, S, E]."""
+        """Store encoded neighbours in cleared slots: by CCA layer, keys and values [len(slots), H, S, E]."""
         num_rows = encoded.states_NSD.shape[1]
-        self.cca_mask[slots, num_rows:] = False
         self.cca_mask[slots, :num_rows] = True if encoded.mask_NS is None else encoded.mask_NS
         for number, of_layer in keys_values.items():
             for store, new in zip((self.cca_keys[number], self.cca_values[number]), of_layer, strict=True):

@@ -110,3 +110,19 @@ def test_full_slots_may_stay_while_others_go_on() -> None:
     logits_BV = model.decode_step(batch.tokens_BT[:, 5], cache, active_B=torch.tensor([False, True]))
     torch.testing.assert_close(logits_BV[1], model(batch.tokens_BT, **batch.retrieval)[1, 5])
     assert cache.lengths.tolist() == [6, 6]
+
+
+def test_a_pausing_slot_keeps_its_state() -> None:
+    """Also when its next token, which has not come, would complete a chunk."""
+    config = small_config()
+    model = random_model(config)
+    batch = random_batch(config, num_tokens=7)
+    cache = model.new_cache(2, 9)
+    model.prefill(batch.tokens_BT, torch.tensor([7, 5]), cache, *batch.retrieval.values())
+    assert model.completes_chunk(cache).tolist() == [True, False]
+    mask_BS, values = cache.cca_mask.clone(), cache.cca_values[2].clone()
+    active_B = torch.tensor([False, True])
+    model.decode_step(batch.tokens_BT[:, 0], cache, batch.neighbours_BLKR[:, 0], active_B=active_B)
+    assert torch.equal(cache.cca_mask, mask_BS)
+    assert torch.equal(cache.cca_values[2], values)
+    assert cache.lengths.tolist() == [7, 6]

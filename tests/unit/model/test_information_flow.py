@@ -4,12 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from retro_ray.model import RetroModel
+from retro_ray.model import RetroModel, attention
 from tests.unit.model.models import Batch, random_batch, random_model, small_config
 
 M = 4
 NUM_TOKENS = 18
 STARTS = pytest.mark.parametrize("start", ["paper", "copy"])
+
+
+@pytest.fixture(params=["plain", "fused"])
+def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by matrix products, as on a CPU; then by the fused kernel, as on a GPU."""
+    monkeypatch.setattr(attention, "_PLAIN_MAX_POSITIONS", 10_000 if request.param == "plain" else 0)
 
 
 def flow(model: RetroModel, batch: Batch, segments_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -108,6 +114,7 @@ def test_packed_documents_read_as_if_alone() -> None:
         torch.testing.assert_close(packed[:, start : start + length], alone[:, :length])
 
 
+@pytest.mark.usefixtures("_kernel")
 def test_all_padding_is_finite() -> None:
     config = small_config()
     batch = random_batch(config)
@@ -115,6 +122,7 @@ def test_all_padding_is_finite() -> None:
     assert random_model(config)(batch.tokens_BT, segments_BT=segments_BT, **batch.retrieval).isfinite().all()
 
 
+@pytest.mark.usefixtures("_kernel")
 @STARTS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_no_neighbours_none_left_and_all_masked_are_bitwise_alike(start: str, dtype: torch.dtype) -> None:
@@ -147,6 +155,7 @@ def test_one_chunk_without_neighbours_is_as_if_it_had_none(start: str) -> None:
     torch.testing.assert_close(masked, absent)
 
 
+@pytest.mark.usefixtures("_kernel")
 @STARTS
 def test_masked_neighbours_give_finite_zero_gradients(start: str) -> None:
     config = small_config(cca_start=start, share_encoder_embedding=False)
@@ -193,3 +202,28 @@ def test_a_prefix_has_the_same_logits(num_tokens: int) -> None:
         neighbour_mask_BLKR=batch.mask_BLKR[:, chunks],
     )
     torch.testing.assert_close(prefix, whole[:, :num_tokens])
+
+
+@STARTS
+def test_gradients_are_those_of_finite_differences(start: str) -> None:
+    """Of every weight, through every path: self-attention, conditioned encoder, CCA, read-out."""
+    config = small_config(cca_start=start)
+    model = random_model(config)
+    batch = random_batch(config)
+
+    def loss() -> Tensor:
+        return model(batch.tokens_BT, **batch.retrieval).sin().sum()
+
+    loss().backward()
+    step = 1e-6
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None
+        direction = torch.randn_like(weight)
+        with torch.no_grad():
+            weight += step * direction
+            above = loss()
+            weight -= 2 * step * direction
+            below = loss()
+            weight += step * direction
+        along = (weight.grad * direction).sum()
+        torch.testing.assert_close((above - below) / (2 * step), along, rtol=1e-4, atol=1e-3, msg=name)
