@@ -99,5 +99,5 @@ def test_state_of_another_optimizer_or_model_is_refused(model_config):
     optimizer.step(0)
     with pytest.raises(CheckpointError, match="--optimizer"):
         Optimizer(model, TrainingConfig(optimizer="adamw")).load_tensors(optimizer.tensors())
-    with pytest.raises(CheckpointError, match="elsewhere.weight/exp_avg"):
+    with pytest.raises(CheckpointError, match=r"elsewhere\.weight/exp_avg"):
         optimizer.load_tensors({"elsewhere.weight/exp_avg": torch.zeros(1)})
