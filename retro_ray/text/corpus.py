@@ -182,7 +182,7 @@ def _expand(given: str) -> Iterator[_InputFile]:
     is_local = "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
     for name in sorted(readable):
         if not _is_utf8(name):
-            raise InputError(f"the name of file {ascii(name)} is not UTF-8: rename it, its name is part of ids")
+            raise InputError(f"the name of file {name!a} is not UTF-8: rename it, its name is part of ids")
         label = posixpath.basename(name) if is_file else _label(name, root, given)
         full = name if is_local else fs.unstrip_protocol(name)
         yield _InputFile(full, label, file_format(name) or "", readable[name])

@@ -24,7 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 META_FILE = "tokenizer_meta.json"
 
-# Long texts are encoded in pieces, so that memory stays bounded (an encoding takes some 50 times
+# Long texts are encoded in pieces, so that memory stays bounded (an encoding takes over a hundred times
 # the memory of its text); a piece that fits the processor's cache is also faster than a long one.
 PIECE_LENGTH = 1 << 16
 PIECES_PER_BATCH = 16

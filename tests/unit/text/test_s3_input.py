@@ -26,7 +26,7 @@ def parquet_bytes(texts: list[str]) -> bytes:
 
 ROWS = [f"row {number} " * 20 for number in range(20)]
 OBJECTS = {
-    "corpus/docs/a.md": b"# Title\n\ncaf\xc3\xa9\n",
+    "corpus/docs/a.md": b"# Title\n\nfianc\xc3\xa9\n",
     "corpus/docs/sub/b.jsonl.gz": gzip.compress(b'{"text": "one"}\nbroken\n{"text": "two"}\n'),
     "corpus/docs/rows.parquet": parquet_bytes(ROWS),
     "corpus/docs/torn.parquet": b"not parquet",
@@ -71,7 +71,7 @@ def test_folder_and_glob_on_s3(given: str) -> None:
             for row, text in enumerate(ROWS, start=1)
         ],
         *[record for record in records[-2:-1] if isinstance(record, SkippedRecord)],
-        Document("docs/a.md", "Title", f"{root}/a.md", "# Title\n\ncaf\u00e9\n"),
+        Document("docs/a.md", "Title", f"{root}/a.md", "# Title\n\nfianc\u00e9\n"),
     ]
     broken, torn = (record for record in records if isinstance(record, SkippedRecord))
     assert (broken.source, broken.line, broken.category) == (f"{root}/sub/b.jsonl.gz", 2, "malformed line")

