@@ -29,8 +29,9 @@ class IndexJob:
 
 
 def main(job: IndexJob) -> None:
+    """Build, then say what was built."""
     from retro_ray.database.build import DatabaseBuilder
-    from retro_ray.database.summary import describe_build
+    from retro_ray.database.summary import as_lines, describe_build
     from retro_ray.ray_session import connect
 
     start = time.perf_counter()
@@ -38,11 +39,7 @@ def main(job: IndexJob) -> None:
     home = job.home.expanduser().absolute()
     manifest = DatabaseBuilder(home, job.corpus, job.database).run()
     result = describe_build(home, manifest, time.perf_counter() - start)
-    print(
-        json.dumps(result, indent=2)
-        if job.json
-        else "\n".join(f"{name:>18}  {value}" for name, value in result.items())
-    )
+    print(json.dumps(result, indent=2) if job.json else as_lines(result))
 
 
 if __name__ == "__main__":

@@ -26,33 +26,48 @@ def connect() -> None:
 
     `RAY_ADDRESS` names the cluster; `RAY_ADDRESS=local` always starts one that ends with this process.
     """
-    if ray.is_initialized():
+    if ray.is_initialized() or connect_if_running():
         return
-    quiet = {"log_to_driver": bool(os.environ.get("RETRO_RAY_WORKER_LOGS")), "logging_level": logging.WARNING}
-    address = os.environ.get("RAY_ADDRESS") or "auto"
-    if address != "local":
-        try:
-            ray.init(address=address, namespace=NAMESPACE, **quiet)
-        except ConnectionError:
-            if address != "auto":
-                raise
-        else:
-            return
     ray.init(
         address="local",
         namespace=NAMESPACE,
         include_dashboard=False,
         object_store_memory=_OBJECT_STORE_BYTES,
         _node_ip_address="127.0.0.1",
-        **quiet,
+        **_quiet(),
     )
 
 
+def connect_if_running() -> bool:
+    """Connect to the running Ray cluster; False where there is none.
+
+    Raises:
+        ConnectionError: `RAY_ADDRESS` names a cluster that does not answer.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "local":
+        return False
+    try:
+        ray.init(address=address, namespace=NAMESPACE, **_quiet())
+    except ConnectionError:
+        if address != "auto":
+            raise
+        return False
+    return True
+
+
+def _quiet() -> dict[str, Any]:
+    """What workers print is not repeated here, unless `RETRO_RAY_WORKER_LOGS` asks for it."""
+    return {"log_to_driver": bool(os.environ.get("RETRO_RAY_WORKER_LOGS")), "logging_level": logging.WARNING}
+
+
 def num_cluster_cpus() -> int:
+    """CPUs of all nodes, at least 1."""
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def num_cluster_gpus() -> int:
+    """GPUs of all nodes."""
     return int(ray.cluster_resources().get("GPU", 0))
 
 

@@ -105,10 +105,12 @@ class PageMaker:
 
 
 def page_path(directory: Path, unit: int, partition: str, number: int) -> Path:
+    """Where a page lies once it is finished."""
     return directory / partition / f"unit-{unit:06d}-page-{number:06d}.parquet"
 
 
 def contents_path(directory: Path, unit: int) -> Path:
+    """The file that says how many pages a unit has: it was chunked to its end."""
     return directory / f"unit-{unit:06d}.json"
 
 
@@ -122,6 +124,7 @@ def write_contents(directory: Path, unit: int, contents: UnitContents) -> None:
 
 
 def documents_path(directory: Path, unit: int, partition: str) -> Path:
+    """The list of documents that a unit puts into a partition."""
     return directory / partition / f"unit-{unit:06d}-documents.parquet"
 
 

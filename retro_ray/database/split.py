@@ -64,4 +64,5 @@ class Split:
 
 
 def shard_name(shard: int) -> str:
+    """Name of a shard's partition and folder."""
     return f"shard-{shard:05d}"

@@ -53,3 +53,16 @@ def describe(home: Path, manifest: Manifest) -> dict[str, Any]:
         "chunking": manifest.chunking_fingerprint,
         "size_bytes": sizes,
     }
+
+
+def as_lines(description: dict[str, Any]) -> str:
+    """A description for people: one name and value per line."""
+    return "\n".join(f"{name:>20}  {_readable(value)}" for name, value in description.items())
+
+
+def _readable(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_readable(inner)}" for name, inner in value.items()) or "none"
+    return str(value)

@@ -73,6 +73,7 @@ def write_survey(survey: UnitSurvey, directory: Path) -> None:
 
 
 def survey_path(directory: Path, unit: int) -> Path:
+    """The file that marks a unit as surveyed, with its counts."""
     return directory / f"unit-{unit:06d}.json"
 
 
@@ -82,6 +83,7 @@ def read_hashes(directory: Path, unit: int) -> np.ndarray:
 
 
 def read_sample(directory: Path, unit: int) -> list[str]:
+    """Texts of a surveyed unit to train the tokenizer on."""
     return pq.read_table(directory / f"unit-{unit:06d}.sample.parquet")["text"].to_pylist()
 
 

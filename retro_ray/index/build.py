@@ -69,4 +69,5 @@ def write_index(index: faiss.Index, path: Path) -> None:
 
 
 def read_index(path: Path) -> faiss.Index:
+    """Read an index into memory."""
     return faiss.read_index(str(path))

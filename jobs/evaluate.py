@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Score a trained model on held-out documents: bits per byte with retrieval on, off, and random."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from retro_ray.command_line import parse, run
+from retro_ray.config import default_home
+from retro_ray.errors import RetroRayError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Score the newest checkpoint of a run on the validation split of the database."""
+
+    home: Path = field(default_factory=default_home)
+    """Folder of the database and the runs. $RETRO_RAY_HOME, or ~/.retro_ray."""
+    run: str = "default"
+    """Run whose newest checkpoint is scored."""
+    num_neighbours: int | None = None
+    """Neighbours per chunk. Default: as many as in training."""
+    max_chunks: int | None = None
+    """Score about so many chunks, of documents chosen at random. Default: the whole split."""
+    num_workers: int | None = None
+    """Processes. Default: one per GPU, else one per CPU."""
+    json: Path | None = None
+    """Write the result to this file as one JSON object."""
+
+
+def main(job: EvaluateJob) -> None:
+    """Evaluate, then print a table."""
+    from retro_ray.evaluation.evaluate import evaluate
+    from retro_ray.ray_session import connect
+
+    connect()
+    evaluation = evaluate(
+        job.home.expanduser().absolute(),
+        job.run,
+        num_neighbours=job.num_neighbours,
+        max_chunks=job.max_chunks,
+        num_workers=job.num_workers,
+    )
+    result = evaluation.to_dict()
+    if job.json is not None:
+        job.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(f"step {result['step']}, {result['documents']} documents, {result['text_bytes']} bytes of text")
+    print(f"{'retrieval':>10}  bits per byte")
+    for mode, bits in result["bits_per_byte"].items():
+        print(f"{mode:>10}  {bits:.4f}")
+    print(
+        f"ON is {result['gain_on_over_off']:+.1%} better than OFF; random neighbours {result['gain_random_over_off']:+.1%}"
+    )
+
+
+def explain(error: BaseException) -> RetroRayError | None:
+    """The user's error behind one that crossed Ray's processes."""
+    from retro_ray.ray_session import user_error
+
+    return user_error(error, default_home())
+
+
+if __name__ == "__main__":
+    parsed = parse(EvaluateJob, "jobs/evaluate.py")
+    run(lambda: main(parsed), explain)

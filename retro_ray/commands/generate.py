@@ -1,0 +1,82 @@
+"""`python -m retro_ray generate`: continue a prompt, with citations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tyro
+
+from retro_ray.config import default_home
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a prompt with the newest checkpoint of a run, retrieving after every chunk."""
+
+    prompt: tyro.conf.Positional[str]
+    """The text to continue; may be empty."""
+    home: Path = field(default_factory=default_home)
+    """Folder of the database and the runs. $RETRO_RAY_HOME, or ~/.retro_ray."""
+    run_name: tyro.conf.arg(name="run") = "default"  # type: ignore[valid-type]
+    """Run whose newest checkpoint generates."""
+    max_tokens: int = 128
+    """Tokens generated at most."""
+    temperature: float = 0.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability."""
+    top_k: int = 0
+    """Sample from the k likeliest tokens; 0: from all."""
+    seed: int | None = None
+    """Of sampling."""
+    num_neighbours: int | None = None
+    """Neighbours per chunk. Default: as many as in training."""
+    no_retrieval: bool = False
+    """Generate without neighbours."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def run(self) -> None:
+        from retro_ray.database.store import Database
+        from retro_ray.generation.engine import GenerationEngine
+        from retro_ray.generation.request import GenerationRequest
+        from retro_ray.generation.sampling import SamplingConfig
+        from retro_ray.retrieval.open import open_retriever
+        from retro_ray.training.checkpoint import load_model
+        from retro_ray.training.run_folder import run_directory
+
+        request = GenerationRequest(
+            prompt=self.prompt,
+            max_tokens=self.max_tokens,
+            sampling=SamplingConfig(temperature=self.temperature, top_p=self.top_p, top_k=self.top_k, seed=self.seed),
+            retrieval=not self.no_retrieval,
+            num_neighbours=self.num_neighbours,
+        )
+        database = Database.open(self.home)
+        model, _, _ = load_model(run_directory(self.home, self.run_name), database.manifest)
+        retriever = None if self.no_retrieval else open_retriever(database)
+        result = GenerationEngine(model, database.tokenizer, retriever).generate([request])[0]
+        if self.json:
+            print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False))
+        else:
+            print(as_text(self.prompt, result))
+
+
+def as_text(prompt: str, result) -> str:
+    """A generation for people: the text, then what each stretch of it was conditioned on."""
+    lines = [prompt + result.text]
+    for citation in result.citations:
+        stretch = " ".join(result.text[citation.text_start : citation.text_end].split())
+        lines.append(f'\n"{_shortened(stretch)}" was conditioned on')
+        for neighbour in citation.neighbours:
+            lines.append(f"  {neighbour.title} [{neighbour.document_id}], distance {neighbour.distance:.2f}:")
+            lines.append(f"    {_shortened(neighbour.text)} | {_shortened(neighbour.continuation)}")
+    return "\n".join(lines)
+
+
+def _shortened(text: str, length: int = 70) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= length else flat[: length - 3] + "..."
