@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: Serve reads the builder's annotation as a class.
 import asyncio
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _start_ray_if_none_runs() -> None:
-    """`serve run` connects to a running cluster, in a way of its own, but does not start one."""
-    if ray.is_initialized():
+    """`serve run` connects to a running cluster in a way of its own, but starts none unless told so."""
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         return
     try:
         ray.init(address="auto", logging_level=logging.ERROR)
