@@ -46,7 +46,7 @@ def run(main: Callable[[], None], explain: Callable[[BaseException], RetroRayErr
     try:
         main()
     except RetroRayError as error:
-        _fail(error)
+        _fail(_raised(error))
     except KeyboardInterrupt:
         print("interrupted; finished work is kept", file=sys.stderr)
         sys.exit(_INTERRUPTED)
@@ -55,6 +55,13 @@ def run(main: Callable[[], None], explain: Callable[[BaseException], RetroRayErr
         if found is None:
             raise
         _fail(found)
+
+
+def _raised(error: RetroRayError) -> RetroRayError:
+    """The error as it was raised: Ray gives a task's error its class, but a traceback for a message."""
+    while isinstance(cause := getattr(error, "cause", None), RetroRayError):
+        error = cause
+    return error
 
 
 def _fail(error: RetroRayError) -> NoReturn:

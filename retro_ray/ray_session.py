@@ -99,7 +99,8 @@ def user_error(error: BaseException, home: Path) -> RetroRayError | None:
         if current is None or id(current) in seen:
             continue
         seen.add(id(current))
-        if isinstance(current, RetroRayError):
+        # Ray raises a task's error with the error's own class, but with a traceback for its message.
+        if isinstance(current, RetroRayError) and not isinstance(current, RayError):
             return current
         if isinstance(current, OSError) and current.errno in _NO_SPACE:
             return DatabaseError(
