@@ -53,13 +53,15 @@ class ArrowRowWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self._num_pending_rows:
-            self._flush(keep_rows=0)
-        self._writer.close()
-        self._sink.close()
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
+        try:
+            if kind is None:
+                if self._num_pending_rows:
+                    self._flush(keep_rows=0)
+                self._writer.close()
+                self._sink.close()
+                os.replace(self._temporary, self._path)
+        finally:
+            self._sink.close()
             self._temporary.unlink(missing_ok=True)
 
 

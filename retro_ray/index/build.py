@@ -7,6 +7,7 @@ shared by them: then a search over shards returns what one index over all keys w
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ MAX_EXACT_CHUNKS = 100_000
 TRAINING_KEYS_PER_LIST = 64
 """Keys per inverted list that k-means is trained on; FAISS warns under 39 and gains nothing over 256."""
 _MIN_NUM_LISTS = 64
+_WRITE_BYTES = 1 << 24
 
 
 def choose_index(num_chunks: int, dim: int) -> IndexSpec:
@@ -63,9 +65,14 @@ def fill_index(index: faiss.Index, key_blocks: Iterable[np.ndarray]) -> faiss.In
 
 def write_index(index: faiss.Index, path: Path) -> None:
     """Write an index so that it appears whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    faiss.write_index(index, str(temporary))
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        # Through a file of Python's: FAISS's own passes over what goes wrong at its closing, such as a full disk.
+        with temporary.open("wb") as file:
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, _WRITE_BYTES))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_index(path: Path) -> faiss.Index:
