@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import faiss
 import numpy as np
 
@@ -27,6 +29,7 @@ class IndexShard:
         self._spec = spec
         self.num_rows: int = index.ntotal
         self._keys = _vectors(index) if spec.is_exact else None
+        self._max_square = 0.0 if self._keys is None else _max_square(self._keys)
         self._num_lists: int = 0 if spec.is_exact else faiss.extract_index_ivf(index).nlist
 
     def search(
@@ -105,9 +108,18 @@ class IndexShard:
         if self._keys is not None and num_candidates < self.num_rows:
             # Beyond rounding, the farthest candidate must be farther than the last neighbour kept: else a row
             # at the same distance, with a smaller number, may be outside the list. (-1: all rows were seen.)
-            farther = coarse[:, -1] > distances[:, -1] * (1 + 1e-4) + 1e-4
+            farther = coarse[:, -1] > distances[:, -1] + self._rounding(queries)
             complete &= farther | (candidates[:, -1] < 0) | (num_allowed < k)
         return distances, rows, complete
+
+    def _rounding(self, queries: np.ndarray) -> np.ndarray:
+        """How far off FAISS's distances of each query can be, [Q].
+
+        It batches them as |q|^2 + |x|^2 - 2 q x in float32: what is lost there grows with the lengths
+        of the vectors, not with their distance, and with the root of their dimensions.
+        """
+        squares = np.einsum("qd,qd->q", queries, queries) + self._max_square
+        return 2 * math.sqrt(queries.shape[1]) * np.finfo(np.float32).eps * squares
 
     def _parameters(
         self, nprobe: int, k: int, num_candidates: int, selector: faiss.IDSelector | None
@@ -126,6 +138,11 @@ def _vectors(index: faiss.Index) -> np.ndarray:
     if not flat.ntotal:
         return np.empty((0, flat.d), np.float32)
     return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
+
+
+def _max_square(keys: np.ndarray) -> float:
+    """Squared length of the longest key."""
+    return float(np.einsum("nd,nd->n", keys, keys).max(initial=0.0))
 
 
 def _exact_distances(queries: np.ndarray, keys: np.ndarray, candidates: np.ndarray) -> np.ndarray:
