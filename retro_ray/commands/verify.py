@@ -7,9 +7,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 from retro_ray.config import default_home
+from retro_ray.progress import progress_bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ def verify(home: Path) -> tuple[int, list[dict[str, str]]]:
     Raises:
         DatabaseError: there is no database, or its manifest is damaged.
     """
-    from retro_ray.database.format import FileRecord, database_directory, read_manifest
+    from retro_ray.database.format import FileRecord, database_directory, file_problem, read_manifest
     from retro_ray.errors import CheckpointError
     from retro_ray.training.checkpoint import list_checkpoints, read_meta
 
@@ -59,21 +58,7 @@ def verify(home: Path) -> tuple[int, list[dict[str, str]]]:
             except CheckpointError as error:
                 num_files += 1
                 damaged.append({"file": str(folder), "reason": str(error)})
-    for path, record in tqdm(expected, desc="verify", disable=None, leave=False):
-        if (reason := _difference(path, record)) is not None:
+    for path, record in progress_bar(len(expected), "verify", " files", iterable=expected):
+        if (reason := file_problem(path, record)) is not None:
             damaged.append({"file": str(path), "reason": reason})
     return num_files, damaged
-
-
-def _difference(path: Path, record) -> str | None:
-    """What is wrong with a file; None where nothing is."""
-    from retro_ray.database.format import file_record
-
-    if not path.exists():
-        return "is missing"
-    found = file_record(path)
-    if found.size_bytes != record.size_bytes:
-        return f"has {found.size_bytes} bytes, the manifest says {record.size_bytes}"
-    if found.sha256 != record.sha256:
-        return f"has SHA-256 {found.sha256[:16]}..., the manifest says {record.sha256[:16]}..."
-    return None

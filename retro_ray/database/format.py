@@ -222,6 +222,17 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(sha256=digest, size_bytes=path.stat().st_size)
 
 
+def file_problem(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file; None where it is as recorded."""
+    if not path.exists():
+        return "is missing"
+    if (size_bytes := path.stat().st_size) != record.size_bytes:
+        return f"has {size_bytes} bytes, the manifest says {record.size_bytes}"
+    if (sha256 := file_record(path).sha256) != record.sha256:
+        return f"has SHA-256 {sha256[:16]}..., the manifest says {record.sha256[:16]}..."
+    return None
+
+
 def database_directory(home: Path) -> Path:
     """Where the database of a home lives."""
     return Path(home) / "database"
@@ -230,12 +241,15 @@ def database_directory(home: Path) -> Path:
 def write_json_atomically(path: Path, content: Any) -> None:
     """Replace `path` by `content` as readable JSON; a reader sees the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -261,7 +275,7 @@ def read_manifest(directory: Path) -> Manifest:
                 "rebuild the database with jobs/index.py"
             )
         manifest = Manifest.from_dict(content)
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise DatabaseError(f"{path} is damaged ({error}): rebuild the database with jobs/index.py") from error
     if content.get("version") != manifest.version:
         raise DatabaseError(

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from retro_ray.database.arrow_rows import ArrowRows
-from retro_ray.database.format import Manifest, Partition, database_directory, read_manifest
+from retro_ray.database.format import Manifest, Partition, database_directory, file_problem, read_manifest
 from retro_ray.errors import DatabaseError
 from retro_ray.text.tokenizer import TextTokenizer
 
@@ -146,6 +146,19 @@ class Database:
         """
         directory = database_directory(Path(home))
         return cls(directory, read_manifest(directory))
+
+    def check_files(self, *paths: str) -> None:
+        """Compare files with what the manifest says of them; reads them whole.
+
+        Raises:
+            DatabaseError: one is missing or differs.
+        """
+        for path in paths:
+            problem = file_problem(self.directory / path, self.manifest.files[path])
+            if problem is not None:
+                raise DatabaseError(
+                    f"{self.directory / path} {problem}: restore it, or rebuild the database with jobs/index.py"
+                )
 
     @property
     def chunk_length(self) -> int:

@@ -22,9 +22,15 @@ class ShardSearcher:
 
     @classmethod
     def open(cls, database: Database, shard: int) -> ShardSearcher:
-        manifest = database.manifest
-        index = read_index(database.directory / manifest.shards[shard].index)
-        return cls(IndexShard(index, manifest.index), database.shards[shard])
+        """Load a shard, after a check that its files are those which were committed.
+
+        Raises:
+            DatabaseError: a file is missing or damaged; names it.
+        """
+        partition = database.manifest.shards[shard]
+        database.check_files(partition.index, partition.chunks, partition.documents)
+        index = read_index(database.directory / partition.index)
+        return cls(IndexShard(index, database.manifest.index), database.shards[shard])
 
     def search_ids(
         self, queries: np.ndarray, k: int, excluded_ids: np.ndarray | None = None

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from retro_ray.database.store import Database
 from retro_ray.errors import RetrievalError
@@ -62,28 +62,33 @@ class ShardedRetriever:
         return getattr(self._actors[shard], method).remote(*arguments)
 
     def _answer(self, shard: int, call: ray.ObjectRef, method: str, *arguments: Any) -> Any:
-        cause: Exception | None = None
+        cause: RayError | None = None
         for attempt in range(self._num_attempts):
             try:
                 return ray.get(call, timeout=self._timeout_s)
-            except GetTimeoutError as error:
-                cause = error
+            except (GetTimeoutError, RayTaskError) as error:
+                cause = error  # too slow, or the search itself fails: asking again would change nothing
                 break
-            except RayActorError as error:
+            except RayError as error:
                 cause = error
                 if attempt + 1 < self._num_attempts:
                     self._actors[shard] = shard_actor(self._database, shard)
                     call = self._ask(shard, method, *arguments)
-        what = (
-            f"timeout_s={self._timeout_s:g} passed"
-            if isinstance(cause, GetTimeoutError)
-            else f"its actor died: {cause}"
-        )
         raise RetrievalError(
             f"shard {shard} of {self.num_shards} of the database in {self._database.directory} did not answer "
-            f"({' '.join(what.split())[:300]}): raise timeout_s, give its node more memory, or check the files with "
+            f"({self._what_happened(cause)}): raise timeout_s, give its node more memory, or check the files with "
             "`python -m retro_ray verify`"
         ) from cause
+
+    def _what_happened(self, cause: RayError | None) -> str:
+        """One line."""
+        if isinstance(cause, GetTimeoutError):
+            return f"timeout_s={self._timeout_s:g} passed"
+        if isinstance(cause, RayTaskError) or (isinstance(cause, RayActorError) and cause.actor_init_failed):
+            # Ray's message is the worker's traceback; its last line is the error.
+            what = "the search failed" if isinstance(cause, RayTaskError) else "it cannot be loaded"
+            return f"{what}: {str(cause).strip().splitlines()[-1]}"
+        return f"its actor died: {' '.join(str(cause).split())[:300]}"
 
 
 def _shared(queries: np.ndarray) -> Any:
