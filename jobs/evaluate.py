@@ -50,9 +50,8 @@ def main(job: EvaluateJob) -> None:
     print(f"{'retrieval':>10}  bits per byte")
     for mode, bits in result["bits_per_byte"].items():
         print(f"{mode:>10}  {bits:.4f}")
-    print(
-        f"ON is {result['gain_on_over_off']:+.1%} better than OFF; random neighbours {result['gain_random_over_off']:+.1%}"
-    )
+    print(f"retrieval lowers bits per byte by {result['gain_on_over_off']:.1%},", end=" ")
+    print(f"random neighbours by {result['gain_random_over_off']:.1%}")
 
 
 def explain(error: BaseException) -> RetroRayError | None:

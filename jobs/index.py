@@ -10,6 +10,7 @@ from pathlib import Path
 
 from retro_ray.command_line import parse, run
 from retro_ray.config import CorpusConfig, DatabaseConfig, default_home
+from retro_ray.errors import RetroRayError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +43,13 @@ def main(job: IndexJob) -> None:
     print(json.dumps(result, indent=2) if job.json else as_lines(result))
 
 
+def explain(error: BaseException, home: Path) -> RetroRayError | None:
+    """The user's error behind one that crossed Ray's processes."""
+    from retro_ray.ray_session import user_error
+
+    return user_error(error, home)
+
+
 if __name__ == "__main__":
     parsed = parse(IndexJob, "jobs/index.py")
-
-    def explain(error: BaseException):
-        from retro_ray.ray_session import user_error
-
-        return user_error(error, parsed.home)
-
-    run(lambda: main(parsed), explain)
+    run(lambda: main(parsed), lambda error: explain(error, parsed.home))

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from retro_ray.errors import ConfigError
 
@@ -203,18 +203,16 @@ class RunConfig:
     model: ModelConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict) -> RunConfig:
+    def from_dict(cls, content: dict[str, Any]) -> RunConfig:
         """The config that `to_dict` (through JSON) came from."""
-        model = {
+        model: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content["model"].items()
         }
-        return cls(
-            recipe=content["recipe"], model=ModelConfig(**model), training=TrainingConfig(**content["training"])
-        )
+        return cls(recipe=content["recipe"], model=ModelConfig(**model), training=TrainingConfig(**content["training"]))
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

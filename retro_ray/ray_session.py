@@ -11,9 +11,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
-from tqdm import tqdm
 
 from retro_ray.errors import DatabaseError, RetroRayError
+from retro_ray.progress import progress_bar
 
 NAMESPACE = "retro_ray"
 """Where the detached shard actors are found by every job, training run and service."""
@@ -58,6 +58,8 @@ def connect_if_running() -> bool:
 
 def _quiet() -> dict[str, Any]:
     """What workers print is not repeated here, unless `RETRO_RAY_WORKER_LOGS` asks for it."""
+    # Ray's C++ side would print, among results, that Ray Data's actors have arguments.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     return {"log_to_driver": bool(os.environ.get("RETRO_RAY_WORKER_LOGS")), "logging_level": logging.WARNING}
 
 
@@ -78,7 +80,7 @@ def run_tasks(
     max_in_flight = max_in_flight or 2 * num_cluster_cpus()
     waiting = list(reversed(arguments))
     running: list[ray.ObjectRef] = []
-    with tqdm(total=len(arguments), desc=description, disable=len(arguments) < 2, mininterval=1.0) as bar:
+    with progress_bar(len(arguments), description) as bar:
         while waiting or running:
             while waiting and len(running) < max_in_flight:
                 running.append(function.remote(*waiting.pop()))

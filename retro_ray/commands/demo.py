@@ -59,8 +59,9 @@ class Demo:
         print(
             f"{manifest.num_documents:,} documents and {manifest.num_chunks:,} chunks in {len(manifest.shards)} shards"
         )
-        for mode, meaning in (("on", "RETRO[ON]"), ("off", "RETRO[OFF]"), ("random", "random neighbours")):
-            print(f"{evaluation.scores[mode].value:8.4f} bits per byte, {meaning}")
+        print(f"{evaluation.scores['on'].value:8.4f} bits per byte, RETRO[ON]")
+        print(f"{evaluation.scores['off'].value:8.4f} bits per byte, RETRO[OFF]")
+        print(f"{evaluation.scores['random'].value:8.4f} bits per byte, random neighbours")
         for stage, taken in seconds.items():
             print(f"{taken:8.1f} s  {stage}")
         print(f"{_total(seconds):8.1f} s  in all; everything is in {home}")

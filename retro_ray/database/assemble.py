@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from retro_ray.database.arrow_rows import ArrowRows, ArrowRowWriter, write_rows
@@ -51,10 +50,10 @@ def assemble_partition(
         for unit in units:
             for path in unit_pages(pages, unit, partition):
                 page = pq.read_table(path)
-                document = pc.add(page["document"], pa.scalar(num_documents, pa.int32()))
+                document = pa.array(page["document"].to_numpy() + num_documents, pa.int32())
                 chunks.write(page.drop_columns(["key", "document"]).append_column("document", document))
                 keys.write(page.select(["key"]))
-                num_tokens += pc.sum(page["length"]).as_py()
+                num_tokens += int(page["length"].to_numpy().sum())
                 num_rows += page.num_rows
             listed = documents_path(pages, unit, partition)
             num_documents += pq.read_metadata(listed).num_rows if listed.exists() else 0
@@ -88,7 +87,7 @@ def _write_documents(pages: Path, units: Sequence[int], partition: str, path: Pa
             table = pq.read_table(listed)
             num_chunks = table["num_chunks"].to_numpy()
             ends = next_row + np.cumsum(num_chunks)
-            num_bytes += pc.sum(table["num_bytes"]).as_py()
+            num_bytes += int(table["num_bytes"].to_numpy().sum())
             next_row = int(ends[-1])
             yield table.append_column("first_row", pa.array(ends - num_chunks)).select(DOCUMENTS_SCHEMA.names)
 

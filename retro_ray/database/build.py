@@ -13,6 +13,8 @@ import dataclasses
 import fcntl
 import json
 import logging
+import os
+import platform
 import shutil
 import time
 from collections import Counter
@@ -20,12 +22,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-import fsspec
 import numpy as np
 import ray
 import ray.data
-from tqdm import tqdm
+import transformers
+from fsspec.core import url_to_fs
 
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
 from retro_ray.config import CorpusConfig, DatabaseConfig
@@ -34,10 +37,12 @@ from retro_ray.database.assemble import assemble_partition, key_blocks, sample_k
 from retro_ray.database.embed_pages import PageEmbedder, chunk_units, unit_is_finished
 from retro_ray.database.format import (
     FORMAT_VERSION,
+    MANIFEST_NAME,
     FileRecord,
     Manifest,
     Partition,
     database_directory,
+    file_problem,
     file_record,
     fingerprint,
     read_manifest,
@@ -47,12 +52,14 @@ from retro_ray.database.pages import CHUNKS_PER_PAGE
 from retro_ray.database.split import VALIDATION, Split
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.embedding import ChunkEmbedder
-from retro_ray.errors import DatabaseError
+from retro_ray.errors import ConfigError, DatabaseError
 from retro_ray.index.build import choose_index, fill_index, num_training_keys, read_index, train_index, write_index
+from retro_ray.progress import progress_bar
 from retro_ray.ray_session import num_cluster_cpus, num_cluster_gpus, run_tasks
 from retro_ray.retrieval.neighbours import write_neighbours
 from retro_ray.retrieval.shard_actor import stop_shard_actors
 from retro_ray.retrieval.sharded import ShardedRetriever
+from retro_ray.text import python_docs
 from retro_ray.text.corpus import ReadUnit, SkippedRecord, plan_units
 from retro_ray.text.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -90,15 +97,14 @@ class DatabaseBuilder:
             RetroRayError: the input, a setting or the disk is not as needed. The database that was
                 there before is untouched, and finished work is kept for the next run.
         """
-        self._directory.mkdir(parents=True, exist_ok=True)
         with self._lock():
             with self._stage("plan"):
                 units = self._plan()
+            self._remove_torn_files()
             if (manifest := self._existing()) is not None:
                 logger.info("the database in %s is up to date (version %s)", self._directory, manifest.version)
+                self._clear_work(manifest)
                 return manifest
-            for leftover in self._build.rglob("*.tmp*"):
-                leftover.unlink(missing_ok=True)
             with self._stage("survey"):
                 hashes, skipped = self._survey(units)
             split = Split.of(hashes, self._num_shards(units), self._config.validation_share, self._config.seed)
@@ -140,7 +146,15 @@ class DatabaseBuilder:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with (self._directory / ".lock").open("w") as file:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            lock = (self._directory / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to --home {self._home} ({os.strerror(error.errno or 0)}): pass a folder that can be "
+                "written to"
+            ) from error
+        with lock as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -162,7 +176,7 @@ class DatabaseBuilder:
                 "config": dataclasses.asdict(self._config),
                 "embedder": self._embedder_fingerprint,
                 "units": [unit.to_dict() for unit in units],
-                "files": [_file_identity(file) for unit in units for file in unit.files],
+                "files": [_file_identities(unit) for unit in units],
             }
         )
         self._pages.mkdir(parents=True, exist_ok=True)
@@ -177,8 +191,24 @@ class DatabaseBuilder:
             return None
         if manifest.build != self._build_id:
             return None
-        shutil.rmtree(self._work)
+        if damaged := self._damaged_files(manifest):
+            logger.warning("%s %s: the database is built again", *damaged[0])
+            shutil.rmtree(self._build, ignore_errors=True)
+            (self._directory / MANIFEST_NAME).unlink()  # last: until then the next run sees the damage, too
+            self._pages.mkdir(parents=True)
+            return None
         return manifest
+
+    def _damaged_files(self, manifest: Manifest) -> list[tuple[Path, str]]:
+        """Files that are not what the manifest says, and what is wrong with each."""
+        arguments = [(self._directory / path, record) for path, record in manifest.files.items()]
+        found = run_tasks(ray.remote(_named_problem), arguments, "verify")
+        return sorted((path, problem) for path, problem in found if problem is not None)
+
+    def _remove_torn_files(self) -> None:
+        """What a killed run had not written to its end."""
+        for torn in [*self._directory.glob(f"{MANIFEST_NAME}.tmp-*"), *self._build.rglob("*.tmp-*")]:
+            torn.unlink(missing_ok=True)
 
     def _num_shards(self, units: list[ReadUnit]) -> int:
         if self._config.num_shards is not None:
@@ -206,14 +236,16 @@ class DatabaseBuilder:
         return np.concatenate(hashes), skipped
 
     def _prepare_tokenizer(self, units: list[ReadUnit]) -> TextTokenizer:
-        if (self._tokenizer_folder / "tokenizer_meta.json").exists():
+        if self._tokenizer_folder.exists():
             return TextTokenizer.load(self._tokenizer_folder)
         name = self._config.tokenizer
         if name.startswith("train:"):
             tokenizer = train_tokenizer(self._sample(units), int(name.removeprefix("train:")), name)
         else:
             tokenizer = load_tokenizer(name)
-        tokenizer.save(self._tokenizer_folder)
+        unfinished = self._work / "tokenizer"
+        tokenizer.save(unfinished)
+        unfinished.rename(self._tokenizer_folder)
         return tokenizer
 
     def _sample(self, units: list[ReadUnit]) -> Iterator[str]:
@@ -231,14 +263,16 @@ class DatabaseBuilder:
             return
         context = ray.data.DataContext.get_current()
         context.target_max_block_size = _BLOCK_BYTES
-        context.enable_progress_bars = False  # one bar of ours instead, in chunks
+        # One bar of ours, in chunks, in place of Ray Data's bars and its lines about each stage.
+        context.enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         num_cpus, num_gpus = num_cluster_cpus(), num_cluster_gpus()
         num_embedders = num_gpus or num_cpus
-        embedder_resources = {"num_gpus": 1} if num_gpus else {"num_cpus": _CPUS_PER_EMBEDDER}
+        embedder_resources: dict[str, Any] = {"num_gpus": 1} if num_gpus else {"num_cpus": _CPUS_PER_EMBEDDER}
         receipts = (
             ray.data.from_items([{"unit": json.dumps(unit.to_dict())} for unit in todo], override_num_blocks=len(todo))
             .map_batches(
-                chunk_units,
+                chunk_units,  # pyright: ignore[reportArgumentType] (generators are accepted, but not declared)
                 fn_kwargs={
                     "pages": self._pages,
                     "corpus": self._corpus,
@@ -262,9 +296,9 @@ class DatabaseBuilder:
         )
         bytes_per_chunk = self._config.chunk_length * self._bytes_per_token(units, tokenizer)
         estimate = int(self._num_text_bytes / bytes_per_chunk)
-        with tqdm(total=estimate, desc="embed", unit=" chunks", mininterval=2.0) as bar:
+        with progress_bar(estimate, "embed", " chunks") as bar:
             for batch in receipts.iter_batches(batch_size=None):
-                bar.update(int(batch["num_chunks"].sum()))
+                bar.update(int(np.sum(batch["num_chunks"])))
             bar.total = bar.n
         unfinished = [unit.index for unit in units if not unit_is_finished(self._pages, unit.index)]
         if unfinished:
@@ -363,21 +397,28 @@ class DatabaseBuilder:
         for folder in self._directory.iterdir():
             if folder.is_dir() and folder.name not in (self._build_id, previous):
                 shutil.rmtree(folder)
+        self._clear_work(manifest)
+        return manifest
+
+    def _clear_work(self, manifest: Manifest) -> None:
+        """What a committed build needs no longer; also after a run that was killed before it came to that."""
         shutil.rmtree(self._work)
         for summary in self._build.glob("*/partition.json"):
             summary.unlink()
         stop_shard_actors(self._directory, except_version=manifest.version)
-        return manifest
 
 
-def _file_identity(file: str) -> list[object]:
-    """Name, size and time of change of an input file; modules of python-docs stand for themselves."""
-    if "/" not in file:
-        return [file]
-    info = fsspec.core.url_to_fs(file)
-    details = info[0].info(info[1])
-    changed = details.get("ETag") or details.get("mtime") or details.get("LastModified")
-    return [file, details.get("size"), str(changed)]
+def _file_identities(unit: ReadUnit) -> list[list[str]]:
+    """Name, size and time of change of a unit's files, so that changed input is another build."""
+    if unit.format == python_docs.NAME:
+        return [[transformers.__version__, platform.python_version()]]  # where its modules come from
+    identities = []
+    for file in unit.files:
+        storage, path = url_to_fs(file)
+        details = storage.info(path)
+        changed = details.get("ETag") or details.get("mtime") or details.get("LastModified")
+        identities.append([file, str(details.get("size")), str(changed)])
+    return identities
 
 
 def _committed_build(directory: Path) -> str | None:
@@ -397,6 +438,10 @@ def _fill_shard(codec: Path, keys: Path, target: Path) -> None:
 
 def _named_record(directory: Path, path: str) -> tuple[str, FileRecord]:
     return path, file_record(directory / path)
+
+
+def _named_problem(path: Path, record: FileRecord) -> tuple[Path, str | None]:
+    return path, file_problem(path, record)
 
 
 def _search_neighbours(directory: Path, manifest: Manifest, partition: Partition) -> int:

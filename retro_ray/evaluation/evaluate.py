@@ -12,12 +12,12 @@ import numpy as np
 import ray
 import torch
 from ray.util import ActorPool
-from tqdm import tqdm
 
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
 from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError
 from retro_ray.evaluation.bits_per_byte import BitsPerByte, RetrievalMode, choose_documents, score_documents
+from retro_ray.progress import progress_bar
 from retro_ray.ray_session import num_cluster_cpus, num_cluster_gpus
 from retro_ray.training.checkpoint import find_checkpoint, load_model, require_match
 from retro_ray.training.run_folder import run_directory
@@ -117,7 +117,7 @@ def evaluate(
     tasks = [(mode, part) for part in _parts(documents, store.document_num_chunks) for mode in MODES]
     sums: dict[RetrievalMode, list[BitsPerByte]] = {mode: [] for mode in MODES}
     results = pool.map_unordered(lambda scorer, task: scorer.score.remote(*task), tasks)
-    for mode, score in tqdm(results, total=len(tasks), desc="evaluate", mininterval=1.0):
+    for mode, score in progress_bar(len(tasks), "evaluate", iterable=results):
         sums[mode].append(score)
     return Evaluation(
         checkpoint=folder,

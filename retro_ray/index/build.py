@@ -69,7 +69,7 @@ def write_index(index: faiss.Index, path: Path) -> None:
     try:
         # Through a file of Python's: FAISS's own passes over what goes wrong at its closing, such as a full disk.
         with temporary.open("wb") as file:
-            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, _WRITE_BYTES))
+            faiss.write_index(index, faiss.PyCallbackIOWriter(file.write, _WRITE_BYTES))  # pyright: ignore[reportAttributeAccessIssue]
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

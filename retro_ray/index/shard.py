@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import faiss
 import numpy as np
@@ -125,16 +126,21 @@ class IndexShard:
         self, nprobe: int, k: int, num_candidates: int, selector: faiss.IDSelector | None
     ) -> faiss.SearchParameters:
         if self._spec.is_exact:
-            return faiss.SearchParameters(sel=selector)
+            return _with(faiss.SearchParameters, sel=selector)
         # The refine stage scores refine_factor x k candidates, however many of them are returned.
         k_factor = max(1.0, self._spec.refine_factor * k / num_candidates)
-        inverted_lists = faiss.SearchParametersIVF(nprobe=nprobe, sel=selector)
-        return faiss.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=inverted_lists)
+        inverted_lists = _with(faiss.SearchParametersIVF, nprobe=nprobe, sel=selector)
+        return _with(faiss.IndexRefineSearchParameters, k_factor=k_factor, base_index_params=inverted_lists)
+
+
+def _with(parameters: Any, **values: Any) -> faiss.SearchParameters:
+    """Search parameters by name: FAISS adds the keyword arguments at run time, where no type checker sees them."""
+    return parameters(**values)
 
 
 def _vectors(index: faiss.Index) -> np.ndarray:
     """float32 [ntotal, d]: a view of a flat index's vectors."""
-    flat = faiss.downcast_index(index)
+    flat: Any = faiss.downcast_index(index)
     if not flat.ntotal:
         return np.empty((0, flat.d), np.float32)
     return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)

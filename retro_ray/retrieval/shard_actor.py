@@ -8,6 +8,7 @@ from typing import Any
 import faiss
 import numpy as np
 import ray
+from ray.actor import ActorHandle
 
 from retro_ray.database.format import Manifest, fingerprint
 from retro_ray.database.store import Database
@@ -46,7 +47,7 @@ def actor_prefix(directory: Path) -> str:
     return f"shard-{fingerprint(str(directory.absolute()))[:8]}-"
 
 
-def shard_actor(database: Database, shard: int) -> ray.actor.ActorHandle:
+def shard_actor(database: Database, shard: int) -> ActorHandle:
     """The actor of one shard of this version of the database: found by name, or started."""
     manifest = database.manifest
     name = f"{actor_prefix(database.directory)}{manifest.version}-{shard:05d}"
@@ -69,7 +70,8 @@ def stop_shard_actors(directory: Path, except_version: str | None = None) -> int
     """Stop the shard actors of a home's database, but for one version's; returns how many."""
     prefix = actor_prefix(directory)
     stopped = 0
-    for entry in ray.util.list_named_actors(all_namespaces=True):
+    entries: list[Any] = ray.util.list_named_actors(all_namespaces=True)
+    for entry in entries:
         name = entry["name"]
         if entry["namespace"] != NAMESPACE or not name.startswith(prefix):
             continue

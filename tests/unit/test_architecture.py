@@ -1,0 +1,107 @@
+"""The structure that CONTRIBUTING.md describes, checked on the code's own imports."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted((ROOT / "retro_ray").rglob("*.py"))
+
+# Each part may import from the parts named before it, and from itself.
+LAYERS = [
+    {"errors", "progress", "precision", "allocator"},
+    {"config", "command_line"},
+    {"text", "embedding", "recipes"},
+    {"database", "index"},
+    {"ray_session"},
+    {"retrieval", "model"},
+    {"training", "evaluation", "generation"},
+    {"serve", "commands"},
+    {"__main__"},
+]
+# The one place where the order is turned: building a database ends with asking its shard actors for neighbours.
+TURNED = {("database/build.py", "retrieval"), ("database/build.py", "ray_session")}
+
+RAY_MODULES = {
+    "commands/demo.py",
+    "database/build.py",
+    "evaluation/evaluate.py",
+    "ray_session.py",
+    "retrieval/open.py",
+    "retrieval/shard_actor.py",
+    "retrieval/sharded.py",
+    "serve/__init__.py",
+    "serve/app.py",
+    "training/launch.py",
+    "training/loop.py",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Absolute names of all modules that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
+    return names
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT / "retro_ray").as_posix()
+
+
+def part_of(name: str) -> str:
+    return name.split("/")[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_adapters_import_ray(path: Path) -> None:
+    imports_ray = any(name == "ray" or name.startswith("ray.") for name in imported(path))
+    uses_ray = imports_ray or any(re.match(r"retro_ray\.ray_session", name) for name in imported(path))
+    assert not uses_ray or name_of(path) in RAY_MODULES
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_point_one_way(path: Path) -> None:
+    levels = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+    own = part_of(name_of(path))
+    if own == "__init__":
+        return
+    assert own in levels, f"{own} has no layer: add it where it belongs"
+    for name in imported(path):
+        if not name.startswith("retro_ray."):
+            continue
+        other = name.split(".")[1]
+        if other in levels and (name_of(path), other) not in TURNED:
+            assert levels[other] <= levels[own], f"{name_of(path)} imports {name}"
+
+
+def test_the_model_knows_nothing_of_retrieval() -> None:
+    for path in (ROOT / "retro_ray" / "model").glob("*.py"):
+        allowed = ("retro_ray.model", "retro_ray.config", "retro_ray.errors")
+        ours = [name for name in imported(path) if name.startswith("retro_ray.")]
+        assert all(name.startswith(allowed) for name in ours), path
+
+
+def test_nothing_is_pickled_and_no_shell_is_run() -> None:
+    forbidden = re.compile(
+        r"^\s*(import|from) pickle|shell=True|torch\.(load|save)\(|(?<![.\w])eval\(|except\s*:", re.MULTILINE
+    )
+    for path in [*MODULES, *(ROOT / "jobs").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert not forbidden.search(path.read_text()), path
+
+
+def test_the_command_line_starts_without_the_heavy_libraries() -> None:
+    """`--help` in a moment: torch, ray, faiss and transformers load when a command runs, not before."""
+    script = (
+        "import sys; import retro_ray.__main__; "
+        "print([name for name in ('torch', 'ray', 'faiss', 'transformers') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
