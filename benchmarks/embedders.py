@@ -51,5 +51,6 @@ class EmbedderPool:
         return len(texts) / (time.perf_counter() - start)
 
     def close(self) -> None:
-        for actor in self._actors:
+        actors: list[Any] = self._actors
+        for actor in actors:
             ray.kill(actor)

@@ -15,6 +15,8 @@ from ray.exceptions import RayError
 from retro_ray.errors import DatabaseError, RetroRayError
 from retro_ray.progress import progress_bar
 
+logger = logging.getLogger(__name__)
+
 NAMESPACE = "retro_ray"
 """Where the detached shard actors are found by every job, training run and service."""
 _OBJECT_STORE_BYTES = 1 << 30
@@ -68,6 +70,17 @@ def num_cluster_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
+def num_free_cpus() -> int:
+    """CPUs that nothing else on the cluster has reserved now, at least 1.
+
+    Actors beyond these would wait for a service or another job to end.
+    """
+    free = int(ray.available_resources().get("CPU", 0))
+    if free < 1:
+        logger.warning("all CPUs of the Ray cluster are in use: waiting for one (`ray status` shows by whom)")
+    return max(1, free)
+
+
 def num_cluster_gpus() -> int:
     """GPUs of all nodes."""
     return int(ray.cluster_resources().get("GPU", 0))
@@ -111,6 +124,3 @@ def user_error(error: BaseException, home: Path) -> RetroRayError | None:
             )
         pending += [getattr(current, "cause", None), current.__cause__, current.__context__]
     return None
-
-
-__all__ = ["NAMESPACE", "RayError", "connect", "num_cluster_cpus", "num_cluster_gpus", "run_tasks", "user_error"]

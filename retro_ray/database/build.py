@@ -55,7 +55,7 @@ from retro_ray.embedding import ChunkEmbedder
 from retro_ray.errors import ConfigError, DatabaseError
 from retro_ray.index.build import choose_index, fill_index, num_training_keys, read_index, train_index, write_index
 from retro_ray.progress import progress_bar
-from retro_ray.ray_session import num_cluster_cpus, num_cluster_gpus, run_tasks
+from retro_ray.ray_session import num_cluster_gpus, num_free_cpus, run_tasks
 from retro_ray.retrieval.neighbours import write_neighbours
 from retro_ray.retrieval.shard_actor import stop_shard_actors
 from retro_ray.retrieval.sharded import ShardedRetriever
@@ -71,7 +71,7 @@ _MIN_SHARDS = 2
 _BLOCK_BYTES = 1 << 15
 # An embedder actor and the chunking tasks that feed it share its CPU.
 _CPUS_PER_EMBEDDER = 0.75
-_CPUS_PER_CHUNKER = 0.5
+_CPUS_PER_CHUNKER = 0.25
 
 
 class DatabaseBuilder:
@@ -266,7 +266,7 @@ class DatabaseBuilder:
         # One bar of ours, in chunks, in place of Ray Data's bars and its lines about each stage.
         context.enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        num_cpus, num_gpus = num_cluster_cpus(), num_cluster_gpus()
+        num_cpus, num_gpus = num_free_cpus(), num_cluster_gpus()
         num_embedders = num_gpus or num_cpus
         embedder_resources: dict[str, Any] = {"num_gpus": 1} if num_gpus else {"num_cpus": _CPUS_PER_EMBEDDER}
         receipts = (

@@ -18,7 +18,7 @@ from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError
 from retro_ray.evaluation.bits_per_byte import BitsPerByte, RetrievalMode, choose_documents, score_documents
 from retro_ray.progress import progress_bar
-from retro_ray.ray_session import num_cluster_cpus, num_cluster_gpus
+from retro_ray.ray_session import num_cluster_gpus, num_free_cpus
 from retro_ray.training.checkpoint import find_checkpoint, load_model, require_match
 from retro_ray.training.run_folder import run_directory
 
@@ -110,7 +110,7 @@ def evaluate(
         )
     documents = choose_documents(store, max_chunks if max_chunks is not None else store.num_chunks)
     num_gpus = num_cluster_gpus()
-    num_workers = num_workers or num_gpus or num_cluster_cpus()
+    num_workers = num_workers or num_gpus or num_free_cpus()
     actor = ray.remote(num_cpus=0 if num_gpus else 0.9, num_gpus=1 if num_gpus else 0)(Scorer)
     actor = actor.options(runtime_env={"env_vars": FAST_ALLOCATOR_ENV})
     pool = ActorPool([actor.remote(home, folder, num_neighbours, 1) for _ in range(num_workers)])

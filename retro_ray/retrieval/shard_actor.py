@@ -8,7 +8,6 @@ from typing import Any
 import faiss
 import numpy as np
 import ray
-from ray.actor import ActorHandle
 
 from retro_ray.database.format import Manifest, fingerprint
 from retro_ray.database.store import Database
@@ -47,8 +46,8 @@ def actor_prefix(directory: Path) -> str:
     return f"shard-{fingerprint(str(directory.absolute()))[:8]}-"
 
 
-def shard_actor(database: Database, shard: int) -> ActorHandle:
-    """The actor of one shard of this version of the database: found by name, or started."""
+def shard_actor(database: Database, shard: int) -> Any:
+    """Handle of the actor of one shard of this version of the database: found by name, or started."""
     manifest = database.manifest
     name = f"{actor_prefix(database.directory)}{manifest.version}-{shard:05d}"
     resources = {SHARD_RESOURCE: 0.001} if SHARD_RESOURCE in ray.cluster_resources() else {}

@@ -17,12 +17,11 @@ from ray.serve import Application
 
 from retro_ray.config import default_home
 from retro_ray.database.store import Database
-from retro_ray.embedding import ChunkEmbedder
-from retro_ray.errors import MismatchError, RetroRayError
+from retro_ray.errors import RetroRayError
 from retro_ray.generation.engine import GenerationEngine
 from retro_ray.generation.request import GenerationRequest, GenerationResult
 from retro_ray.precision import bf16_is_fast
-from retro_ray.ray_session import connect
+from retro_ray.ray_session import connect, connect_if_running
 from retro_ray.retrieval.retriever import ChunkRetriever
 from retro_ray.retrieval.sharded import ShardedRetriever
 from retro_ray.serve.api import Health, build_api
@@ -72,15 +71,9 @@ class GenerationService:
         model, _, meta = load_model(run_directory(settings.home, settings.run), manifest, device)
         if bf16_is_fast(device):
             model = model.bfloat16()
-        # The fingerprint is that of the weights in fp32, whatever they run in.
-        if ChunkEmbedder(manifest.embedder_name, device="cpu", bf16=False).fingerprint != manifest.embedder_fingerprint:
-            raise MismatchError(
-                f"the embedder {manifest.embedder_name} here has other weights than the one the database in "
-                f"{database.directory} was built with: install that one, or rebuild the database with jobs/index.py"
-            )
         shards = ShardedRetriever(database)
         shards.wait_until_ready()
-        retriever = ChunkRetriever(database.tokenizer, ChunkEmbedder(manifest.embedder_name, device=device), shards)
+        retriever = ChunkRetriever.open(database, shards, device)
         self._engine = GenerationEngine(model, database.tokenizer, retriever)
         self._health = Health(model=settings.run, checkpoint_step=meta.step, database_version=manifest.version)
         self._decode_batch.set_max_batch_size(settings.max_batch_size)  # pyright: ignore[reportAttributeAccessIssue]
@@ -140,9 +133,7 @@ def _start_ray_if_none_runs() -> None:
     """`serve run` connects to a running cluster in a way of its own, but starts none unless told so."""
     if ray.is_initialized() or os.environ.get("RAY_ADDRESS"):
         return
-    try:
-        ray.init(address="auto", logging_level=logging.ERROR)
-    except ConnectionError:
-        connect()
-    else:
+    if connect_if_running():
         ray.shutdown()
+    else:
+        connect()

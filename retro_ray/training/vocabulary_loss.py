@@ -1,0 +1,60 @@
+"""Cross-entropy over the vocabulary without ever holding the logits of all positions.
+
+The logits of a micro-batch are by far its largest tensor (8 x 1,024 positions x 32,768 tokens: 1 GiB
+in fp32, and as much again for their softmax and their gradient). Here they are computed for some
+positions at a time, and turned into the gradients of activations and weights at once, as Hsu et al.
+2024 (Liger Kernel) do: no logit is kept or computed again for the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+_POSITIONS_AT_ONCE = 256
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        weight = weight_VD.to(dtype)
+        gradient_h = torch.empty_like(h_ND)
+        gradient_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
+        nats = torch.zeros((), dtype=torch.float32, device=h_ND.device)
+        for start in range(0, len(h_ND), _POSITIONS_AT_ONCE):
+            part = slice(start, start + _POSITIONS_AT_ONCE)
+            h, targets = h_ND[part].to(dtype), targets_N[part, None]
+            logits = (h @ weight.T).float()
+            log_total = logits.logsumexp(dim=-1, keepdim=True)
+            nats += (log_total - logits.gather(1, targets)).sum()
+            # In place: d nats / d logits = softmax - one-hot.
+            slope = logits.sub_(log_total).exp_()
+            slope.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=slope.dtype))
+            slope = slope.to(dtype)
+            gradient_h[part] = slope @ weight
+            gradient_weight += slope.T @ h
+        ctx.save_for_backward(gradient_h, gradient_weight.to(weight_VD.dtype))
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+        (scale,) = gradients
+        gradient_h, gradient_weight = ctx.saved_tensors
+        return gradient_h * scale, gradient_weight * scale, None, None
+
+
+def vocabulary_loss(h_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Nats of the targets under the logits h weight^T, summed: fp32 scalar.
+
+    Args:
+        h_ND: activations of N positions.
+        weight_VD: the read-out.
+        targets_N: int64, from 0 to V - 1.
+    """
+    device = h_ND.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+    with torch.autocast(device, enabled=False):  # the products' types are chosen above
+        return _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, dtype)
