@@ -1,11 +1,21 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from retro_ray.model.retro import RetroModel
 from retro_ray.text.tokenizer import TextTokenizer, train_tokenizer
 from tests.fakes import tiny_texts
 from tests.unit.generation.fakes import HashSearch, make_model
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and on a busy machine threads wait long for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from retro_ray.errors import PromptError
 from retro_ray.generation.sampling import SamplingConfig, sample_token, token_probabilities
@@ -13,7 +21,7 @@ def logits_of(*probabilities: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("settings", "probabilities", "expected"),
+    ("filters", "probabilities", "expected"),
     [
         ({}, (0.2, 0.5, 0.3), (0.2, 0.5, 0.3)),
         # Half the temperature squares the odds.
@@ -35,9 +43,30 @@ def logits_of(*probabilities: float) -> torch.Tensor:
         ({"top_k": 2, "top_p": 0.6}, (0.2, 0.5, 0.3), (0, 1, 0)),
     ],
 )
-def test_the_filters_keep_exactly_what_they_say(settings, probabilities, expected) -> None:
-    result = token_probabilities(logits_of(*probabilities), SamplingConfig(**settings))
+def test_the_filters_keep_exactly_what_they_say(filters, probabilities, expected) -> None:
+    result = token_probabilities(logits_of(*probabilities), SamplingConfig(**filters))
     np.testing.assert_allclose(result, expected, atol=1e-12, rtol=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    vocab_size=st.integers(1, 300),
+    temperature=st.floats(0.1, 3),
+    top_k=st.integers(0, 40),
+    top_p=st.floats(0.01, 1),
+    min_p=st.floats(0, 1),
+)
+def test_the_filters_together_equal_those_of_transformers(seed, vocab_size, temperature, top_k, top_p, min_p) -> None:
+    logits = 3 * torch.randn(1, vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    reference = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        reference = TopKLogitsWarper(top_k)(None, reference)
+    if top_p < 1:
+        reference = TopPLogitsWarper(top_p)(None, reference)
+    reference = MinPLogitsWarper(min_p)(None, reference)
+    config = SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    np.testing.assert_allclose(token_probabilities(logits[0], config), reference.softmax(-1)[0], atol=1e-12)
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
