@@ -188,8 +188,8 @@ def test_what_is_not_supported_is_refused_by_name(refused, name: str, value: obj
 
 
 def test_unknown_fields_are_refused_by_name(refused) -> None:
-    assert refused(prompt="a", temprature=0)["message"] == "parameter 'temprature' is unknown"
-    assert refused(prompt="a", temprature=None)["param"] == "temprature"
+    assert refused(prompt="a", warmth=0)["message"] == "parameter 'warmth' is unknown"
+    assert refused(prompt="a", warmth=None)["param"] == "warmth"
     assert refused(prompt="a", retrieval={"k": 2})["param"] == "retrieval.k"
 
 
