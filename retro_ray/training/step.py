@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +17,7 @@ from retro_ray.model.retro import RetroModel
 from retro_ray.precision import bf16_is_fast
 from retro_ray.training.batches import StepBatch
 from retro_ray.training.optimizer import Optimizer
+from retro_ray.training.vocabulary_loss import vocabulary_loss
 from retro_ray.training.windows import NO_TARGET, Batch
 
 Precision = Literal["auto", "bf16", "fp32"]
@@ -61,8 +61,7 @@ class NextTokenLoss(nn.Module):
         )
         # Padding is left out before the read-out, the largest single product of a small model.
         asked = targets_BT != NO_TARGET
-        logits = self.model.read_out(h_BTD[asked])
-        return F.cross_entropy(logits, targets_BT[asked], reduction="sum")
+        return vocabulary_loss(h_BTD[asked], self.model.read_out_weight, targets_BT[asked])
 
 
 @dataclass(frozen=True)

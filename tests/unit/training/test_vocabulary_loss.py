@@ -1,0 +1,64 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from retro_ray.training import vocabulary_loss as module
+from retro_ray.training.vocabulary_loss import vocabulary_loss
+
+N, D, V = 37, 8, 50
+
+
+@pytest.fixture(autouse=True, params=[1, 7, 1000], ids=lambda positions: f"{positions} positions at once")
+def positions_at_once(request, monkeypatch):
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", {"cpu": request.param * V})
+
+
+def inputs(dtype=torch.float64, scale: float = 1.0):
+    torch.manual_seed(0)
+    h = (scale * torch.randn(N, D, dtype=dtype)).requires_grad_()
+    weight = torch.randn(V, D, dtype=dtype).requires_grad_()
+    return h, weight, torch.randint(0, V, (N,))
+
+
+def reference(h, weight, targets):
+    return F.cross_entropy(
+        F.linear(h, weight).float() if h.dtype != torch.float64 else h @ weight.T, targets, reduction="sum"
+    )
+
+
+def test_loss_and_gradients_are_those_of_cross_entropy():
+    h, weight, targets = inputs()
+    ours, theirs = vocabulary_loss(h, weight, targets), reference(h, weight, targets)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(
+        torch.autograd.grad(3 * ours, (h, weight)), torch.autograd.grad(3 * theirs, (h, weight)), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_large_logits_do_not_overflow():
+    h, weight, targets = inputs(torch.float32, scale=1e4)
+    ours = vocabulary_loss(h, weight, targets)
+    assert ours.isfinite()
+    torch.testing.assert_close(ours, reference(h, weight, targets), rtol=1e-5, atol=1e-2)
+
+
+def test_under_autocast_the_products_are_bf16_and_the_sums_fp32():
+    h, weight, targets = inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = vocabulary_loss(h, weight, targets)
+        theirs = reference(h, weight, targets)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    gradients = torch.autograd.grad(ours, (h, weight))
+    assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
+    for a, b in zip(gradients, torch.autograd.grad(theirs, (h, weight)), strict=True):
+        assert (a - b).norm() < 0.01 * b.norm()
+
+
+def test_no_positions_have_no_loss():
+    h, weight, targets = inputs()
+    ours = vocabulary_loss(h[:0], weight, targets[:0])
+    ours.backward()
+    assert ours.item() == 0
+    assert not weight.grad.any()
