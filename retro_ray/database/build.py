@@ -69,7 +69,7 @@ _BYTES_PER_SHARD = 16 << 30
 _MIN_SHARDS = 2
 # Ray Data cuts blocks at this size. A page is larger, so every page is a block and all embedders get some.
 _BLOCK_BYTES = 1 << 15
-# An embedder actor and the chunking tasks that feed it share its CPU.
+# An embedder actor and a chunking task that feeds it share a CPU, so that both run where there is only one.
 _CPUS_PER_EMBEDDER = 0.75
 _CPUS_PER_CHUNKER = 0.25
 
