@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from retro_ray.errors import DatabaseError, RetroRayError
@@ -30,6 +31,7 @@ def connect() -> None:
     """
     if ray.is_initialized() or connect_if_running():
         return
+    _keep_to_loopback()
     ray.init(
         address="local",
         namespace=NAMESPACE,
@@ -58,10 +60,18 @@ def connect_if_running() -> bool:
     return True
 
 
+def _keep_to_loopback() -> None:
+    """Let the Ray that this process starts listen on 127.0.0.1 alone.
+
+    Where Ray could serve a cluster it replaces a loopback address by the machine's own, and listens on
+    all of its networks.
+    """
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"  # for the processes it starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, which has read the variable already
+
+
 def _quiet() -> dict[str, Any]:
     """What workers print is not repeated here, unless `RETRO_RAY_WORKER_LOGS` asks for it."""
-    # Ray's C++ side would print, among results, that Ray Data's actors have arguments.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     return {"log_to_driver": bool(os.environ.get("RETRO_RAY_WORKER_LOGS")), "logging_level": logging.WARNING}
 
 

@@ -116,6 +116,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "RETRO_RAY_HOME": str(folder / "home"),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_ADDRESS": f"127.0.0.1:{gcs_port}",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray takes the machine's address for 127.0.0.1
         "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}",
     }
     head = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
