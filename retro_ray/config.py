@@ -63,6 +63,7 @@ class DatabaseConfig:
         _require(self.num_shards is None or self.num_shards >= 1, "--num-shards", self.num_shards, "at least 1")
         _require(self.num_neighbours >= 1, "--num-neighbours", self.num_neighbours, "at least 1")
         _require(0 <= self.validation_share < 1, "--validation-share", self.validation_share, "0 or more, under 1")
+        _require(0 <= self.seed < 1 << 64, "--seed", self.seed, "0 or more, under 2**64")
         if self.tokenizer.startswith("train:"):
             size = self.tokenizer.removeprefix("train:")
             # 256 bytes and one special token are the floor of a byte-level BPE.

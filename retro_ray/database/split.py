@@ -55,9 +55,11 @@ class Split:
 
     def _places(self, hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Whether held out bool [n], and raw shard int64 [n]."""
-        # A multiplicative mix, so that another seed gives another choice.
-        mixed = (hashes ^ np.uint64(self.seed)) * np.uint64(0x9E3779B97F4A7C15)
-        mixed ^= mixed >> np.uint64(29)
+        # The mix of SplitMix64, so that the choices of any two seeds are independent.
+        mixed = hashes + np.array([self.seed], np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        mixed ^= mixed >> np.uint64(31)
         share = (mixed >> np.uint64(64 - _SHARE_BITS)).astype(np.float64) / (1 << _SHARE_BITS)
         low = mixed & np.uint64((1 << (64 - _SHARE_BITS)) - 1)
         return share < self.validation_share, (low % np.uint64(self.num_raw_shards)).astype(np.int64)
