@@ -51,7 +51,9 @@ def test_any_tables_gathered_in_any_order_equal_numpy(sizes: list[int], rows_per
         np.testing.assert_array_equal(vectors, expected_vectors(order))
         assert (numbers.dtype, vectors.dtype, vectors.shape) == (np.int32, np.uint16, (len(order), WIDTH))
         np.testing.assert_array_equal(read.column("number"), np.arange(num_rows))
-        np.testing.assert_array_equal(read.slice("number", num_rows // 3, num_rows + 5), np.arange(num_rows)[num_rows // 3 :])
+        np.testing.assert_array_equal(
+            read.slice("number", num_rows // 3, num_rows + 5), np.arange(num_rows)[num_rows // 3 :]
+        )
 
 
 def test_a_file_without_rows_has_typed_columns(tmp_path: Path) -> None:

@@ -178,8 +178,6 @@ def test_a_field_of_another_shape(tmp_path: Path, field: str, value: Any) -> Non
     assert "damaged" in one_line_error(tmp_path)
 
 
-
-
 @given(position=st.integers(min_value=0), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_noticed_or_harmless(tmp_path_factory, position: int, bit: int) -> None:
     directory = tmp_path_factory.getbasetemp() / "flipped"
@@ -231,6 +229,8 @@ def test_what_is_wrong_with_a_file(tmp_path: Path) -> None:
     assert file_problem(path, record) == "is missing"
 
 
-@pytest.mark.parametrize(("vocab_size", "kind"), [(2, pa.uint16()), (1 << 16, pa.uint16()), ((1 << 16) + 1, pa.uint32())])
+@pytest.mark.parametrize(
+    ("vocab_size", "kind"), [(2, pa.uint16()), (1 << 16, pa.uint16()), ((1 << 16) + 1, pa.uint32())]
+)
 def test_token_ids_fit_their_type(vocab_size: int, kind: pa.DataType) -> None:
     assert token_type(vocab_size) == kind
