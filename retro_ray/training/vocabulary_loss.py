@@ -27,11 +27,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gradient_weight = torch.zeros_like(weight_VD)
         nats = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=h_ND.device)
         num_logits = _LOGITS_AT_ONCE.get(h_ND.device.type, _LOGITS_AT_ONCE_ELSEWHERE)
-        size = max(1, num_logits // len(weight_VD))
-        for start in range(0, len(h_ND), size):
+        size = min(len(h_ND), max(1, num_logits // len(weight_VD)))
+        buffer = torch.empty(size, len(weight_VD), dtype=nats.dtype, device=h_ND.device)
+        for start in range(0, len(h_ND), max(1, size)):
             part = slice(start, start + size)
             h, targets = h_ND[part].to(dtype), targets_N[part, None]
-            logits = (h @ weight.T).to(nats.dtype)
+            logits = buffer[: len(h)].copy_(h @ weight.T)
             of_targets = logits.gather(1, targets)
             highest = logits.amax(dim=-1, keepdim=True)
             # In place from here on: d nats / d logits = softmax - one-hot.
