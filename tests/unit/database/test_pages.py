@@ -23,7 +23,7 @@ def make_units(sizes: list[list[int]]) -> list[list]:
     return [[make_document(f"{u}/{d}", size) for d, size in enumerate(unit)] for u, unit in enumerate(sizes)]
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     sizes=units_strategy.filter(lambda units: any(units)),
     num_shards=st.integers(1, 4),
@@ -69,7 +69,7 @@ def page_files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(sizes=units_strategy.filter(lambda units: sum(map(sum, units)) > 30), stop_at=st.integers(0, 6))
 def test_pages_do_not_depend_on_interruptions(sizes: list[list[int]], stop_at: int) -> None:
     """Killed after any page and run again, the same files to the byte; finished pages are not written again."""

@@ -4,61 +4,15 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_ray.database.arrow_rows import fixed_size_lists, write_rows
-from retro_ray.database.format import DOCUMENTS_SCHEMA, Partition, chunks_schema
+from retro_ray.database.format import Partition
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.errors import DatabaseError
 from tests.fakes import write_tiny_database
-
-M = 4
-
-
-def write_store(folder: Path, document_tokens: list[list[int]], base: int = 0) -> ChunkStore:
-    """A store of documents given as token ids, in `folder`/p."""
-    (folder / "p").mkdir()
-    rows: dict[str, list] = {"tokens": [], "length": [], "num_bytes": [], "document": []}
-    documents = []
-    for document, tokens in enumerate(document_tokens):
-        first_row = len(rows["length"])
-        for start in range(0, len(tokens), M):
-            real = tokens[start : start + M]
-            # What stands in the padding must not matter.
-            rows["tokens"].append(real + [99] * (M - len(real)))
-            rows["length"].append(len(real))
-            rows["num_bytes"].append(2 * len(real))
-            rows["document"].append(document)
-        documents.append(
-            {
-                "id": f"id {document}",
-                "title": f"title {document}",
-                "source": f"source {document}",
-                "first_row": first_row,
-                "num_chunks": len(rows["length"]) - first_row,
-                "num_bytes": 2 * len(tokens),
-            }
-        )
-    schema = chunks_schema(M, 300)
-    columns = {
-        "tokens": fixed_size_lists(np.array(rows["tokens"]).reshape(-1, M), pa.uint16()),
-        **{name: pa.array(rows[name]) for name in ("length", "num_bytes", "document")},
-    }
-    num_chunks = write_rows(folder / "p" / "chunks.arrow", schema, [pa.table(columns)])
-    write_rows(folder / "p" / "documents.arrow", DOCUMENTS_SCHEMA, [pa.Table.from_pylist(documents)])
-    partition = Partition(
-        name="p",
-        chunk_id_base=base,
-        num_documents=len(documents),
-        num_chunks=num_chunks,
-        num_tokens=sum(map(len, document_tokens)),
-        num_bytes=2 * sum(map(len, document_tokens)),
-        folder="p",
-    )
-    return ChunkStore(folder, partition, M)
+from tests.unit.database.stores import M, write_store
 
 
 def naive_neighbours(document_tokens: list[list[int]], rows: list[int]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,234 @@
+"""One shard's search: exact for an exact index, with ties by row, exclusions and refilling; never FAISS's -1."""
+
+from itertools import pairwise
+
+import faiss
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro_ray.database.format import IndexSpec
+from retro_ray.index.build import choose_index, fill_index, num_training_keys, train_index
+from retro_ray.index.shard import IndexShard
+
+FLAT = IndexSpec(factory="Flat")
+
+
+def exact_shard(keys: np.ndarray) -> IndexShard:
+    return IndexShard(fill_index(train_index(FLAT, keys.shape[1], keys[:0]), [keys]), FLAT)
+
+
+def brute_force(
+    keys: np.ndarray, queries: np.ndarray, k: int, excluded: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pair by pair in float64: the k smallest (distance, row), inf and -1 where there are fewer."""
+    distances = np.full((len(queries), k), np.inf, np.float32)
+    rows = np.full((len(queries), k), -1, np.int64)
+    for q, query in enumerate(queries.astype(np.float64)):
+        pairs = []
+        for row, key in enumerate(keys.astype(np.float64)):
+            if excluded is not None and excluded[q, 0] <= row <= excluded[q, 1]:
+                continue
+            pairs.append((float(((key - query) ** 2).sum()), row))
+        for place, (distance, row) in enumerate(sorted(pairs)[:k]):
+            distances[q, place], rows[q, place] = distance, row
+    return distances, rows
+
+
+def assert_equal(found: tuple[np.ndarray, np.ndarray], expected: tuple[np.ndarray, np.ndarray]) -> None:
+    np.testing.assert_array_equal(found[1], expected[1])
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert (found[0].dtype, found[1].dtype) == (np.float32, np.int64)
+
+
+def ranges_strategy(num_queries: int, num_rows: int) -> st.SearchStrategy:
+    """First and last excluded row per query, or none."""
+    bound = st.integers(0, max(0, num_rows - 1))
+    return st.lists(
+        st.one_of(st.just((-1, -1)), st.tuples(bound, bound).map(sorted).map(tuple)),
+        min_size=num_queries,
+        max_size=num_queries,
+    ).map(lambda ranges: np.array(ranges, np.int64).reshape(-1, 2))
+
+
+@settings(max_examples=150)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    num_rows=st.integers(0, 40),
+    num_queries=st.integers(0, 4),
+    dim=st.sampled_from([2, 8]),
+    k=st.integers(0, 12),
+    spread=st.sampled_from([1, 3]),
+    offset=st.sampled_from([0, 300]),
+    data=st.data(),
+)
+def test_exact_search_is_brute_force(
+    seed: int, num_rows: int, num_queries: int, dim: int, k: int, spread: int, offset: int, data: st.DataObject
+) -> None:
+    """Integer coordinates of small spread: many exact ties and doubled keys."""
+    rng = np.random.default_rng(seed)
+    keys = (offset + rng.integers(-spread, spread + 1, (num_rows, dim))).astype(np.float32)
+    queries = (offset + rng.integers(-spread, spread + 1, (num_queries, dim))).astype(np.float32)
+    excluded = data.draw(st.one_of(st.none(), ranges_strategy(num_queries, num_rows)))
+    assert_equal(exact_shard(keys).search(queries, k, excluded), brute_force(keys, queries, k, excluded))
+
+
+def test_ties_far_beyond_the_margin() -> None:
+    """Hundreds of rows at one distance: the first of them are the neighbours."""
+    keys = np.ones((700, 4), np.float32)
+    keys[650:] = 0.5
+    shard = exact_shard(keys)
+    queries = np.zeros((3, 4), np.float32)
+    excluded = np.array([(-1, -1), (650, 699), (640, 660)], np.int64)
+    assert_equal(shard.search(queries, 60, excluded), brute_force(keys, queries, 60, excluded))
+
+
+def test_long_keys_in_large_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There FAISS's own distances are off by more than these keys are apart."""
+    monkeypatch.setattr(faiss.cvar, "distance_compute_blas_threshold", 20)
+    rng = np.random.default_rng(0)
+    keys = (400 + rng.integers(0, 2, (600, 16))).astype(np.float32)
+    queries = (400 + rng.integers(0, 2, (40, 16))).astype(np.float32)
+    assert_equal(exact_shard(keys).search(queries, 5), brute_force(keys, queries, 5))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_an_answer_does_not_depend_on_the_batch(batch: int) -> None:
+    rng = np.random.default_rng(1)
+    keys, queries = rng.standard_normal((500, 24), np.float32), rng.standard_normal((64, 24), np.float32)
+    shard = exact_shard(keys)
+    together = shard.search(queries, 6)
+    parts = [shard.search(queries[start : start + batch], 6) for start in range(0, 64, batch)]
+    np.testing.assert_array_equal(np.concatenate([distances for distances, _ in parts]), together[0])
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in parts]), together[1])
+
+
+def test_refilled_to_the_last_row() -> None:
+    """The nearest are all excluded: what is left is found, and what is not left is missing."""
+    keys = np.arange(200, dtype=np.float32)[:, None] * np.ones(2, np.float32)
+    shard = exact_shard(keys)
+    distances, rows = shard.search(np.zeros((1, 2), np.float32), 5, np.array([[0, 196]]))
+    assert rows.tolist() == [[197, 198, 199, -1, -1]]
+    assert np.isinf(distances[0, 3:]).all()
+
+
+def test_all_excluded() -> None:
+    keys = np.ones((30, 2), np.float32)
+    distances, rows = exact_shard(keys).search(np.ones((2, 2), np.float32), 3, np.array([[0, 29], [-1, -1]]))
+    assert rows.tolist() == [[-1, -1, -1], [0, 1, 2]]
+    assert np.isinf(distances[0]).all()
+
+
+# Compressed indexes. ------------------------------------------------------------------------------------------
+
+DIM = 16
+COMPRESSED = IndexSpec(factory="IVF64,PQ8x4fs,Refine(SQ8)", nprobe=4, refine_factor=4)
+
+
+@pytest.fixture(scope="module")
+def clustered() -> tuple[np.ndarray, np.ndarray]:
+    """Keys in clusters, and queries near some of them."""
+    rng = np.random.default_rng(2)
+    centres = 4 * rng.standard_normal((80, DIM))
+    keys = (centres[rng.integers(0, 80, 6000)] + rng.standard_normal((6000, DIM))).astype(np.float32)
+    return keys, (keys[::120] + 0.1 * rng.standard_normal((50, DIM))).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def codec(clustered: tuple[np.ndarray, np.ndarray]) -> faiss.Index:
+    return train_index(COMPRESSED, DIM, clustered[0])
+
+
+def filled(codec: faiss.Index, keys: np.ndarray) -> faiss.Index:
+    return fill_index(faiss.clone_index(codec), [keys])
+
+
+def test_a_compressed_index_finds_the_neighbours(codec, clustered) -> None:
+    keys, queries = clustered
+    shard = IndexShard(filled(codec, keys), IndexSpec(factory=COMPRESSED.factory, nprobe=16, refine_factor=10))
+    _, rows = shard.search(queries, 10)
+    _, expected = brute_force(keys, queries, 10)
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows, expected, strict=True)])
+    assert recall > 0.9
+
+
+def test_compressed_shards_with_one_codec_equal_one_index(codec, clustered) -> None:
+    """With every list probed and every candidate refined, the codes decide alone, wherever they lie."""
+    keys, queries = clustered
+    keys = keys[:900]
+    spec = IndexSpec(factory=COMPRESSED.factory, nprobe=64, refine_factor=900)
+    whole = IndexShard(filled(codec, keys), spec).search(queries, 8)
+    bounds = [0, 200, 210, 900]
+    answers = []
+    for start, stop in pairwise(bounds):
+        distances, rows = IndexShard(filled(codec, keys[start:stop]), spec).search(queries, 8)
+        answers.append((distances, np.where(rows < 0, -1, rows + start)))
+    distances = np.concatenate([d for d, _ in answers], axis=1)
+    rows = np.concatenate([r for _, r in answers], axis=1)
+    order = np.lexsort((rows, distances), axis=-1)[:, :8]
+    np.testing.assert_array_equal(np.take_along_axis(rows, order, 1), whole[1])
+    np.testing.assert_array_equal(np.take_along_axis(distances, order, 1), whole[0])
+
+
+def test_a_compressed_index_respects_exclusions_and_refills(codec, clustered) -> None:
+    keys, queries = clustered
+    shard = IndexShard(filled(codec, keys), COMPRESSED)
+    nearest_row = np.arange(0, 6000, 120)
+    excluded = np.stack([np.maximum(nearest_row - 1000, 0), nearest_row + 1000], axis=1)
+    excluded[::2] = -1
+    distances, rows = shard.search(queries, 10, excluded)
+    inside = (rows >= excluded[:, :1]) & (rows <= excluded[:, 1:])
+    assert not inside.any()
+    assert ((rows >= 0) & (rows < 6000)).all()
+    assert np.isfinite(distances).all()
+    assert (np.diff(distances, axis=1) >= 0).all()
+    assert all(len(set(row)) == 10 for row in rows)
+    assert (rows[::2, 0] == nearest_row[::2]).mean() > 0.9
+
+
+@pytest.mark.parametrize("num_rows", [0, 3, 40])
+def test_a_small_compressed_shard_is_exhausted(codec, clustered, num_rows: int) -> None:
+    """Fewer rows than asked for, spread over lists that are not probed at first: all are found, none twice."""
+    keys, queries = clustered
+    shard = IndexShard(filled(codec, keys[:num_rows]), COMPRESSED)
+    excluded = np.full((len(queries), 2), -1, np.int64)
+    excluded[0] = (1, 1)
+    distances, rows = shard.search(queries, 50, excluded)
+    found = [sorted(row[row >= 0]) for row in rows]
+    assert found[1:] == [list(range(num_rows))] * (len(queries) - 1)
+    assert found[0] == [row for row in range(num_rows) if row != 1]
+    np.testing.assert_array_equal(np.isinf(distances), rows < 0)
+    assert all((row[len(real) :] == -1).all() for row, real in zip(rows, found, strict=True))
+
+
+# Which index, and how it is made. -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("num_chunks", "dim", "factory"),
+    [
+        (1, 384, "Flat"),
+        (100_000, 384, "Flat"),
+        (100_001, 384, "IVF512,PQ192x4fs,Refine(SQ8)"),
+        (100_001, 3, "Flat"),
+        (10_000_000, 768, "IVF8192,PQ384x4fs,Refine(SQ8)"),
+    ],
+)
+def test_the_choice_of_an_index(num_chunks: int, dim: int, factory: str) -> None:
+    spec = choose_index(num_chunks, dim)
+    assert spec.factory == factory
+    assert spec.is_exact == (factory == "Flat")
+    assert num_training_keys(spec, num_chunks) <= num_chunks
+    if not spec.is_exact:
+        num_lists = int(factory.split(",")[0].removeprefix("IVF"))
+        # k-means of FAISS wants 39 points per list.
+        assert num_training_keys(spec, num_chunks) >= 39 * num_lists
+        assert 1 <= spec.nprobe <= num_lists
+        assert faiss.index_factory(dim, factory) is not None
+
+
+def test_blocks_make_the_same_index_as_one_array() -> None:
+    keys = np.random.default_rng(3).standard_normal((100, 8), np.float32)
+    blocks = fill_index(train_index(FLAT, 8, keys), [keys[:33], keys[33:34], keys[34:]])
+    np.testing.assert_array_equal(blocks.reconstruct_n(0, 100), keys)
