@@ -132,6 +132,8 @@ def fit(job: TrainingJob, *, num_workers: int, use_gpu: bool, say: Callable[[str
             result = trainer.fit()
         except TrainingFailedError as error:
             raise RetroRayError(f"training failed: {_first_cause(error)}; continue with --resume") from error
+        except SystemExit:  # Ray Train's answer to Ctrl-C, with a status that says success
+            raise RetroRayError("training was interrupted: continue with --resume") from None
     failure = ray.get(board.failure.remote())
     if failure is not None:
         raise RetroRayError(failure)

@@ -18,26 +18,25 @@ def plot_metrics(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axis = figure.add_subplot()
+    loss_axis, bits_axis = figure.subplots(1, 2)
     steps = [row["step"] for row in rows if "loss" in row]
     losses = np.array([row["loss"] for row in rows if "loss" in row])
-    loss_axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    loss_axis.plot(steps, _smoothed(losses), color="tab:blue", label="training loss")
-    loss_axis.set_xlabel("step")
-    loss_axis.set_ylabel("training loss [nats per token]")
-    loss_axis.grid(alpha=0.3)
-    handles = list(loss_axis.get_lines()[1:])
-    if any("validation_bpb_off" in row for row in rows):
-        bits_axis = loss_axis.twinx()
-        bits_axis.set_ylabel("validation [bits per byte]")
-        for mode, colour in _COLOURS.items():
-            points = [(row["step"], row[key]) for row in rows if (key := f"validation_bpb_{mode}") in row]
-            if points:
-                label = f"validation, retrieval {mode}"
-                handles += bits_axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=4)
-    loss_axis.legend(handles=handles, loc="upper right")
+    loss_axis.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
+    loss_axis.plot(steps, _smoothed(losses), color="tab:blue", label="mean of the last 2 % of the steps")
+    loss_axis.set(title="training loss", xlabel="step", ylabel="nats per token")
+    for mode, colour in _COLOURS.items():
+        points = [(row["step"], row[key]) for row in rows if (key := f"validation_bpb_{mode}") in row]
+        if points:
+            label = f"retrieval {mode}: {points[-1][1]:.4f}"
+            bits_axis.plot(*zip(*points, strict=True), "o-", color=colour, label=label, markersize=4)
+    bits_axis.set(title="validation", xlabel="step", ylabel="bits per byte", xlim=loss_axis.get_xlim())
+    bits_axis.margins(y=0.2)
+    for axis in (loss_axis, bits_axis):
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="upper right")
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     figure.savefig(temporary, dpi=120, format="png")
     os.replace(temporary, path)
