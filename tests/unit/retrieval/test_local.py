@@ -5,27 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_ray.database.format import FileRecord, Manifest, file_record, write_manifest
 from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError, MismatchError
-from retro_ray.index.build import fill_index, train_index, write_index
 from retro_ray.retrieval.local import LocalRetriever
 from retro_ray.retrieval.neighbours import own_document_ids
 from retro_ray.retrieval.retriever import ChunkRetriever
 from tests.fakes import write_tiny_database
-
-
-def with_indexes(database: Database, **changes) -> Database:
-    """The database with exact indexes of its keys, committed."""
-    files: dict[str, FileRecord] = dict(database.manifest.files)
-    for shard, store in zip(database.manifest.shards, database.shards, strict=True):
-        keys = store.keys.column("key")
-        path = database.directory / shard.index
-        write_index(fill_index(train_index(database.manifest.index, keys.shape[1], keys), [keys]), path)
-        files[shard.index] = file_record(path)
-    manifest = Manifest(**{**vars(database.manifest), "files": files, **changes})
-    write_manifest(database.directory, manifest)
-    return Database(database.directory, manifest)
+from tests.unit.retrieval.indexed import with_indexes
 
 
 @pytest.fixture
