@@ -34,16 +34,28 @@ def training_flops_per_token(config: ModelConfig) -> float:
     weights += config.vocab_size * config.hidden_dim
     products = config.num_layers * 2 * attended * config.context_length / 2  # causal: half of the pairs
     if config.cca_layers:
-        # Each chunk of m tokens brings K neighbours of 2m tokens.
-        per_token = config.num_neighbours * config.neighbour_length / config.chunk_length
-        encoder_attended = config.encoder_heads * config.head_dim
-        encoder_projections = 4 * config.encoder_dim * encoder_attended
-        encoder = config.encoder_layers * (encoder_projections + 2 * config.encoder_dim * config.encoder_ffn_dim)
-        encoder += len(config.encoder_ca_layers) * encoder_projections
-        weights += per_token * encoder + len(config.cca_layers) * projections
-        products += per_token * config.encoder_layers * 2 * encoder_attended * config.neighbour_length
-        products += len(config.cca_layers) * 2 * attended * config.num_neighbours * config.neighbour_length
+        of_retrieval = _retrieval_products(config)
+        weights, products = weights + of_retrieval[0], products + of_retrieval[1]
     return 3 * 2 * (weights + products)
+
+
+def _retrieval_products(config: ModelConfig) -> tuple[float, float]:
+    """Weights met, and attention products, for the encoder and the chunked cross-attentions, per decoder token."""
+    # Each chunk of m tokens brings K neighbours of 2m tokens.
+    per_token = config.num_neighbours * config.neighbour_length / config.chunk_length
+    attended, encoder_attended = config.num_heads * config.head_dim, config.encoder_heads * config.head_dim
+    layer = 4 * config.encoder_dim * encoder_attended + 2 * config.encoder_dim * config.encoder_ffn_dim
+    weights = per_token * config.encoder_layers * layer
+    products = per_token * config.encoder_layers * 2 * encoder_attended * config.neighbour_length
+    # The encoder's cross-attention: queries and output of neighbour tokens, keys and values of decoder tokens.
+    num_cross = len(config.encoder_ca_layers)
+    weights += num_cross * 2 * encoder_attended * (per_token * config.encoder_dim + config.hidden_dim)
+    products += num_cross * per_token * 2 * encoder_attended * config.chunk_length
+    # Chunked cross-attention: the other way round.
+    num_cca = len(config.cca_layers)
+    weights += num_cca * 2 * attended * (config.hidden_dim + per_token * config.encoder_dim)
+    products += num_cca * 2 * attended * config.num_neighbours * config.neighbour_length
+    return weights, products
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -7,6 +7,7 @@ dies; each start continues from the newest whole checkpoint of the run.
 from __future__ import annotations
 
 import dataclasses
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -179,6 +180,6 @@ def _first_cause(error: TrainingFailedError) -> str:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # Ray appends the traceback's text to the message of an error of ours; its last line is the error itself.
     text = lines[-1] if lines else ""
-    return text if text.startswith(type(error).__name__) else f"{type(error).__name__}: {text}"
+    # Ray passes a traceback's text on as the message; its last line names the error itself.
+    return text if re.match(r"[\w.]+(Error|Exception)\b", text) else f"{type(error).__name__}: {text}"
