@@ -8,15 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from retro_ray.database.store import Database, DocumentRef
-from retro_ray.embedding import ChunkEmbedder
 from retro_ray.errors import MismatchError
 from retro_ray.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    # Shard actors import this module: without torch they start sooner and take a third of the memory.
+    import torch
+
+    from retro_ray.embedding import ChunkEmbedder
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,8 @@ class ChunkRetriever:
         Raises:
             MismatchError: the embedder of that name has other weights here.
         """
+        from retro_ray.embedding import ChunkEmbedder
+
         manifest = database.manifest
         embedder = ChunkEmbedder(manifest.embedder_name, device=device)
         if embedder.fingerprint != manifest.embedder_fingerprint:
