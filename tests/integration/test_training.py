@@ -18,6 +18,7 @@ import ray
 import torch
 
 from retro_ray.errors import RetroRayError
+from retro_ray.ray_session import _keep_to_loopback
 from retro_ray.training.checkpoint import list_checkpoints, load_model
 from retro_ray.training.loop import fit
 from retro_ray.training.progress import read_metrics
@@ -32,6 +33,7 @@ REPOSITORY = Path(__file__).parents[2]
 def cluster():
     # A folder of its own, short enough for the paths of sockets in it.
     temporary = tempfile.mkdtemp(prefix="rr", dir="/tmp")
+    _keep_to_loopback()
     context = ray.init(
         address="local",
         num_cpus=2,
