@@ -33,7 +33,7 @@ from fsspec.core import url_to_fs
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
 from retro_ray.config import CorpusConfig, DatabaseConfig
 from retro_ray.database import survey as surveys
-from retro_ray.database.assemble import assemble_partition, key_blocks, sample_keys
+from retro_ray.database.assemble import assemble_partition, sample_keys
 from retro_ray.database.embed_pages import PageEmbedder, chunk_units, unit_is_finished
 from retro_ray.database.format import (
     FORMAT_VERSION,
@@ -42,23 +42,19 @@ from retro_ray.database.format import (
     Manifest,
     Partition,
     database_directory,
-    file_problem,
-    file_record,
     fingerprint,
     read_manifest,
     write_manifest,
 )
 from retro_ray.database.pages import CHUNKS_PER_PAGE
 from retro_ray.database.split import VALIDATION, Split
-from retro_ray.database.store import ChunkStore, Database
+from retro_ray.database.tasks import fill_shard, named_problem, named_record, search_neighbours, survey_to_disk
 from retro_ray.embedding import ChunkEmbedder
 from retro_ray.errors import ConfigError, DatabaseError
-from retro_ray.index.build import choose_index, fill_index, num_training_keys, read_index, train_index, write_index
+from retro_ray.index.build import choose_index, num_training_keys, train_index, write_index
 from retro_ray.progress import progress_bar
 from retro_ray.ray_session import num_cluster_gpus, num_free_cpus, run_tasks
-from retro_ray.retrieval.neighbours import write_neighbours
 from retro_ray.retrieval.shard_actor import stop_shard_actors
-from retro_ray.retrieval.sharded import ShardedRetriever
 from retro_ray.text import python_docs
 from retro_ray.text.corpus import ReadUnit, SkippedRecord, plan_units
 from retro_ray.text.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
@@ -202,7 +198,7 @@ class DatabaseBuilder:
     def _damaged_files(self, manifest: Manifest) -> list[tuple[Path, str]]:
         """Files that are not what the manifest says, and what is wrong with each."""
         arguments = [(self._directory / path, record) for path, record in manifest.files.items()]
-        found = run_tasks(ray.remote(_named_problem), arguments, "verify")
+        found = run_tasks(ray.remote(named_problem), arguments, "verify")
         return sorted((path, problem) for path, problem in found if problem is not None)
 
     def _remove_torn_files(self) -> None:
@@ -222,7 +218,7 @@ class DatabaseBuilder:
         num_bytes = sum(unit.size_bytes for unit in units)
         share = min(1.0, surveys.MAX_SAMPLE_BYTES / max(1, num_bytes))
         todo = [unit for unit in units if not surveys.survey_path(folder, unit.index).exists()]
-        task = ray.remote(_survey_unit)
+        task = ray.remote(survey_to_disk)
         for _ in run_tasks(task, [(unit, self._corpus, share, folder) for unit in todo], "read"):
             pass
         summaries = [json.loads(surveys.survey_path(folder, unit.index).read_text()) for unit in units]
@@ -339,7 +335,7 @@ class DatabaseBuilder:
             write_index(train_index(spec, self._key_dim, sample), codec)
         todo = [(codec, self._directory / shard.keys, self._directory / shard.index) for shard in shards]
         todo = [paths for paths in todo if not paths[-1].exists()]
-        for _ in run_tasks(ray.remote(_fill_shard), todo, "index"):
+        for _ in run_tasks(ray.remote(fill_shard), todo, "index"):
             pass
         manifest = Manifest(
             build=self._build_id,
@@ -364,7 +360,7 @@ class DatabaseBuilder:
         return dataclasses.replace(manifest, files=self._checksums(paths + [shard.index for shard in shards]))
 
     def _checksums(self, paths: list[str]) -> dict[str, FileRecord]:
-        records = run_tasks(ray.remote(_named_record), [(self._directory, path) for path in paths], "checksums")
+        records = run_tasks(ray.remote(named_record), [(self._directory, path) for path in paths], "checksums")
         return dict(sorted(records))
 
     def _find_neighbours(self, manifest: Manifest) -> Manifest:
@@ -372,7 +368,7 @@ class DatabaseBuilder:
         partitions = [*manifest.shards, *([manifest.validation] if manifest.validation else [])]
         todo = [(self._directory, manifest, part) for part in partitions if not self._neighbours_of(part).exists()]
         # The shards do the work; two tasks in flight keep them busy while one of them merges and writes.
-        search = ray.remote(num_cpus=0)(_search_neighbours)
+        search = ray.remote(num_cpus=0)(search_neighbours)
         for _ in run_tasks(search, todo, "neighbours", max_in_flight=2):
             pass
         records = self._checksums([partition.neighbours for partition in partitions])
@@ -426,26 +422,3 @@ def _committed_build(directory: Path) -> str | None:
         return read_manifest(directory).build
     except DatabaseError:
         return None
-
-
-def _survey_unit(unit: ReadUnit, corpus: CorpusConfig, sample_share: float, folder: Path) -> None:
-    surveys.write_survey(surveys.survey_unit(unit, corpus, sample_share), folder)
-
-
-def _fill_shard(codec: Path, keys: Path, target: Path) -> None:
-    write_index(fill_index(read_index(codec), key_blocks(keys)), target)
-
-
-def _named_record(directory: Path, path: str) -> tuple[str, FileRecord]:
-    return path, file_record(directory / path)
-
-
-def _named_problem(path: Path, record: FileRecord) -> tuple[Path, str | None]:
-    return path, file_problem(path, record)
-
-
-def _search_neighbours(directory: Path, manifest: Manifest, partition: Partition) -> int:
-    database = Database(directory, manifest)
-    store = ChunkStore(directory, partition, manifest.chunk_length)
-    path = directory / partition.neighbours
-    return write_neighbours(store, ShardedRetriever(database), manifest.num_neighbours, path)

@@ -24,7 +24,11 @@ LAYERS = [
     {"__main__"},
 ]
 # The one place where the order is turned: building a database ends with asking its shard actors for neighbours.
-TURNED = {("database/build.py", "retrieval"), ("database/build.py", "ray_session")}
+TURNED = {
+    ("database/build.py", "retrieval"),
+    ("database/build.py", "ray_session"),
+    ("database/tasks.py", "retrieval"),
+}
 
 RAY_MODULES = {
     "commands/demo.py",
