@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -20,7 +21,7 @@ class Generate:
     """The text to continue; may be empty."""
     home: Path = field(default_factory=default_home)
     """Folder of the database and the runs. $RETRO_RAY_HOME, or ~/.retro_ray."""
-    run_name: tyro.conf.arg(name="run") = "default"  # type: ignore[valid-type]
+    run_name: Annotated[str, tyro.conf.arg(name="run")] = "default"
     """Run whose newest checkpoint generates."""
     max_tokens: int = 128
     """Tokens generated at most."""
