@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,9 +38,10 @@ def main(job: IndexJob) -> None:
     from retro_ray.ray_session import connect
 
     start = time.perf_counter()
-    connect()
     home = job.home.expanduser().absolute()
-    manifest = DatabaseBuilder(home, job.corpus, job.database).run()
+    with redirect_stdout(sys.stderr):  # the result alone is output; Ray prints its own warnings there
+        connect()
+        manifest = DatabaseBuilder(home, job.corpus, job.database).run()
     result = describe_build(home, manifest, time.perf_counter() - start)
     print(json.dumps(result, indent=2) if job.json else as_lines(result))
 

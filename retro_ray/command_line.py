@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from typing import NoReturn, TypeVar
 
 import tyro
@@ -26,10 +28,19 @@ def parse(settings: type[Settings], prog: str, arguments: list[str] | None = Non
 
     A setting's own check that fails ends the program with one line and exit status 1.
     """
+    said = io.StringIO()
     try:
-        return tyro.cli(settings, prog=prog, args=arguments, config=FLAT_FLAGS)
-    except RetroRayError as error:
-        _fail(error)
+        with redirect_stderr(said):
+            return tyro.cli(settings, prog=prog, args=arguments, config=FLAT_FLAGS)
+    except SystemExit as ending:
+        # tyro draws a box around what a check says, and ends with the status of a mistyped flag.
+        cause: BaseException | None = ending
+        while cause is not None and not isinstance(cause, RetroRayError):
+            cause = cause.__context__
+        if cause is not None:
+            _fail(cause)
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def run(main: Callable[[], None], explain: Callable[[BaseException], RetroRayError | None] | None = None) -> None:

@@ -17,6 +17,7 @@ import os
 import platform
 import shutil
 import time
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -261,7 +262,8 @@ class DatabaseBuilder:
         context.target_max_block_size = _BLOCK_BYTES
         # One bar of ours, in chunks, in place of Ray Data's bars and its lines about each stage.
         context.enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context.raise_original_map_exception = True  # Ray Data's own hides what failed: a full disk, say
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         num_cpus, num_gpus = num_free_cpus(), num_cluster_gpus()
         num_embedders = num_gpus or num_cpus
         embedder_resources: dict[str, Any] = {"num_gpus": 1} if num_gpus else {"num_cpus": _CPUS_PER_EMBEDDER}
@@ -292,7 +294,9 @@ class DatabaseBuilder:
         )
         bytes_per_chunk = self._config.chunk_length * self._bytes_per_token(units, tokenizer)
         estimate = int(self._num_text_bytes / bytes_per_chunk)
-        with progress_bar(estimate, "embed", " chunks") as bar:
+        with progress_bar(estimate, "embed", " chunks") as bar, warnings.catch_warnings():
+            # A small corpus has fewer pages than there are embedders.
+            warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
             for batch in receipts.iter_batches(batch_size=None):
                 bar.update(int(np.sum(batch["num_chunks"])))
             bar.total = bar.n
@@ -389,6 +393,7 @@ class DatabaseBuilder:
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         write_manifest(self._directory, manifest)
+        manifest = read_manifest(self._directory)
         # A service may still read the version before this one; older ones and abandoned builds go.
         for folder in self._directory.iterdir():
             if folder.is_dir() and folder.name not in (self._build_id, previous):
