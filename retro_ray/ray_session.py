@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray.exceptions import RayError
+from ray.exceptions import AuthenticationError, RayError
 
-from retro_ray.errors import DatabaseError, RetroRayError
+from retro_ray.errors import ConfigError, DatabaseError, RetroRayError
 from retro_ray.progress import progress_bar
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ def connect() -> None:
     if ray.is_initialized() or connect_if_running():
         return
     _keep_to_loopback()
+    # A token of this cluster's own. Ray would write one into the home folder, and a `ray start` that finds it
+    # there asks every later `ray job submit` for it.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     ray.init(
         address="local",
         namespace=NAMESPACE,
@@ -46,6 +51,7 @@ def connect_if_running() -> bool:
     """Connect to the running Ray cluster; False where there is none.
 
     Raises:
+        ConfigError: the cluster asks for a token that this process does not have.
         ConnectionError: `RAY_ADDRESS` names a cluster that does not answer.
     """
     address = os.environ.get("RAY_ADDRESS") or "auto"
@@ -53,6 +59,11 @@ def connect_if_running() -> bool:
         return False
     try:
         ray.init(address=address, namespace=NAMESPACE, **_quiet())
+    except AuthenticationError as error:
+        raise ConfigError(
+            "the running Ray cluster asks for a token: set RAY_AUTH_MODE=token (and RAY_AUTH_TOKEN, if it is not "
+            "the one that `ray get-auth-token` prints), or RAY_ADDRESS=local to start a Ray of its own"
+        ) from error
     except ConnectionError:
         if address != "auto":
             raise

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -33,7 +34,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
-    """Return once `url` answers 200; fail with the log when the process that should serve it ends."""
+    """Return once `url` answers, if only to ask for a token; fail with the log when its process ends."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()[-3000:]
@@ -41,8 +42,12 @@ def wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
             with urllib.request.urlopen(url, timeout=2) as answer:
                 if answer.status == 200:
                     return
+        except urllib.error.HTTPError as error:
+            if error.code == 401:
+                return
         except (urllib.error.URLError, OSError):
-            time.sleep(0.3)
+            pass
+        time.sleep(0.3)
     pytest.fail(f"{url} did not answer within {TIMEOUT_S} s: {log.read_text()[-3000:]}")
 
 
@@ -56,9 +61,9 @@ def running(command: list[str], environment: dict[str, str], log: Path) -> Itera
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGTERM)
         try:
-            process.wait(30)
+            process.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait(30)
@@ -113,6 +118,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     gcs_port, dashboard_port, http_port = free_ports(3)
     environment = {
         **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RETRO_RAY_HOME": str(folder / "home"),
         "PATH": f"{BIN}:{os.environ['PATH']}",
         "RAY_ADDRESS": f"127.0.0.1:{gcs_port}",
