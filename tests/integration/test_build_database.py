@@ -196,6 +196,19 @@ def test_a_changed_setting_makes_a_new_version_and_the_old_one_stays_readable(bu
     assert len(old.shards[2].tokens(np.arange(3))) == 3
 
 
+def test_what_a_killed_commit_left_is_cleared_away(built: Built, tmp_path: Path) -> None:
+    """Once the manifest is there the database is whole; the run that wrote it may have come no further."""
+    home = built.copy(tmp_path / "home")
+    build = home / "database" / built.manifest.build
+    before = stamps(home)
+    (build / "work" / "pages").mkdir(parents=True)
+    (build / "shard-00000" / "partition.json").write_text("{}")
+    (home / "database" / "manifest.json.tmp-1").write_text("{")
+    assert DatabaseBuilder(home, built.corpus, CONFIG).run() == built.manifest
+    assert stamps(home) == before
+    assert not (build / "work").exists()
+
+
 def test_a_damaged_database_is_built_again(built: Built, tmp_path: Path) -> None:
     home = built.copy(tmp_path / "home")
     path = home / "database" / built.manifest.shards[1].index
