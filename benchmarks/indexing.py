@@ -25,7 +25,7 @@ from benchmarks.embedders import EmbedderPool
 from retro_ray.command_line import parse, run
 from retro_ray.ray_session import connect
 
-_SAMPLE_INTERVAL_S = 0.5
+_SAMPLE_INTERVAL_S = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
