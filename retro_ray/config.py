@@ -36,6 +36,11 @@ class CorpusConfig:
     """Column or key that holds a document's title, where there is one."""
     on_error: Literal["skip", "fail"] = "skip"
     """A record that cannot be read is skipped, counted and reported; or ends the job."""
+    share: float = 1.0
+    """Take in only this share of the documents, chosen by a hash of their id: to try things quickly."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.share <= 1, "--share", self.share, "above 0, at most 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,15 +39,16 @@ def tiny(vocab_size: int, chunk_length: int = 64) -> RunConfig:
             cca_start="copy",
         ),
         training=TrainingConfig(
-            num_steps=500,
+            num_steps=300,
             batch_size=4,
             micro_batch_size=4,
             learning_rate=3e-3,
-            num_warmup_steps=100,
+            num_warmup_steps=50,
             optimizer="muon",
             retrieval_dropout=0.1,
-            checkpoint_every=250,
-            evaluate_every=250,
+            checkpoint_every=150,
+            evaluate_every=150,
+            num_evaluation_chunks=500,
         ),
     )
 

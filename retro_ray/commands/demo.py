@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 _PROMPT_CHUNKS = 2
 _GENERATED_TOKENS = 128
-_EVALUATED_CHUNKS = 1_500
+_EVALUATED_CHUNKS = 800
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class Demo:
 
     home: Path = field(default_factory=default_home)
     """Folder of the database and the run. $RETRO_RAY_HOME, or ~/.retro_ray."""
+    share: float = 0.6
+    """Share of the documentation to take in; jobs/index.py takes all of it."""
     steps: int | None = None
     """Training steps. Default: the recipe's."""
 
@@ -40,10 +42,11 @@ class Demo:
         from retro_ray.training.launch import launch
 
         home = self.home.expanduser().absolute()
+        corpus = CorpusConfig(share=self.share)
         seconds: dict[str, float] = {}
         _timed("start Ray", seconds, connect)
         _title("1. The retrieval database: documents -> chunks -> keys -> index shards -> neighbours")
-        manifest = _timed("index", seconds, DatabaseBuilder(home, CorpusConfig(), DatabaseConfig()).run)
+        manifest = _timed("index", seconds, DatabaseBuilder(home, corpus, DatabaseConfig()).run)
         seconds |= {f"  {stage}": taken for stage, taken in manifest.stage_seconds.items()}
         _title("2. Training: RETRO on chunks and their neighbours")
         training = {} if self.steps is None else {"num_steps": self.steps}

@@ -22,11 +22,11 @@ from retro_ray.database.pages import (
     write_contents,
     write_page,
 )
+from retro_ray.database.reading import chosen_records
 from retro_ray.database.split import Split
 from retro_ray.embedding import ChunkEmbedder
 from retro_ray.text.chunking import ChunkedDocument, chunk_document
 from retro_ray.text.corpus import ReadUnit, SkippedRecord
-from retro_ray.text.readers import read_unit
 from retro_ray.text.tokenizer import TextTokenizer
 
 Batch = dict[str, np.ndarray]
@@ -62,7 +62,7 @@ def chunk_units(
 def _chunked_documents(
     unit: ReadUnit, corpus: CorpusConfig, tokenizer: TextTokenizer, chunk_length: int
 ) -> Iterator[ChunkedDocument]:
-    for record in read_unit(unit, corpus):
+    for record in chosen_records(unit, corpus):
         if not isinstance(record, SkippedRecord):  # the survey has counted these
             yield chunk_document(record, tokenizer, chunk_length)
 

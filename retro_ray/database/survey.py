@@ -16,10 +16,10 @@ import pyarrow.parquet as pq
 
 from retro_ray.config import CorpusConfig
 from retro_ray.database.format import write_json_atomically
+from retro_ray.database.reading import chosen_records
 from retro_ray.database.split import document_hash
 from retro_ray.errors import InputError
 from retro_ray.text.corpus import ReadUnit, SkippedRecord
-from retro_ray.text.readers import read_unit
 
 MAX_SAMPLE_BYTES = 32 << 20
 """Text that the tokenizer is trained on, over all units; more does not change its entries much."""
@@ -44,7 +44,7 @@ def survey_unit(unit: ReadUnit, config: CorpusConfig, sample_share: float) -> Un
     """Read a unit through; `sample_share` of its documents, by hash, go into the sample."""
     survey = UnitSurvey(unit=unit.index)
     hashes: list[int] = []
-    for record in read_unit(unit, config):
+    for record in chosen_records(unit, config):
         if isinstance(record, SkippedRecord):
             survey.skipped.append(record)
             continue
@@ -102,7 +102,7 @@ def refuse_doubled_ids(hashes_by_unit: list[np.ndarray], units: list[ReadUnit], 
     for unit, unit_hashes in zip(units, hashes_by_unit, strict=True):
         if not doubled.intersection(unit_hashes.tolist()):
             continue
-        for record in read_unit(unit, config):
+        for record in chosen_records(unit, config):
             if isinstance(record, SkippedRecord) or document_hash(record.id) not in doubled:
                 continue
             if record.id in seen:
