@@ -146,11 +146,6 @@ def _load_from(path: str, attention: str, *, local_files_only: bool) -> tuple[An
 _WAYS = f"use {BUILT_IN}, or the name or path of a BERT-like model that is on this machine"
 
 
-def embedder_fingerprint(name: str) -> str:
-    """Fingerprint of an embedder by name, without keeping it in memory."""
-    return ChunkEmbedder(name, device="cpu", bf16=False).fingerprint
-
-
 def _fingerprint(model: torch.nn.Module) -> str:
     digest = hashlib.sha256(b"mean over time, not normalised, 256 wordpieces")
     for parameter in model.state_dict().values():

@@ -6,12 +6,13 @@ import errno
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import ray_constants
+from ray._private import ray_constants, services
 from ray.exceptions import AuthenticationError, RayError
 
 from retro_ray.errors import ConfigError, DatabaseError, RetroRayError
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "retro_ray"
 """Where the detached shard actors are found by every job, training run and service."""
 _OBJECT_STORE_BYTES = 1 << 30
+_PROBE_TIMEOUT_S = 2.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -48,27 +50,39 @@ def connect() -> None:
 
 
 def connect_if_running() -> bool:
-    """Connect to the running Ray cluster; False where there is none.
+    """Connect to the running Ray cluster; False where there is none that lets this process in.
 
     Raises:
-        ConfigError: the cluster asks for a token that this process does not have.
-        ConnectionError: `RAY_ADDRESS` names a cluster that does not answer.
+        ConfigError: `RAY_ADDRESS` names a cluster that does not answer, or asks for a token.
     """
-    address = os.environ.get("RAY_ADDRESS") or "auto"
-    if address == "local":
+    named = os.environ.get("RAY_ADDRESS", "auto") not in ("", "auto")
+    address = services.canonicalize_bootstrap_address("auto")
+    if address is None or not _answers(address):
+        # A Ray that was killed leaves its address behind; Ray itself would try it for minutes.
+        if address is not None and named:
+            raise ConfigError(f"RAY_ADDRESS is {address}, where nothing answers: start Ray there, or unset it")
         return False
     try:
         ray.init(address=address, namespace=NAMESPACE, **_quiet())
     except AuthenticationError as error:
-        raise ConfigError(
-            "the running Ray cluster asks for a token: set RAY_AUTH_MODE=token (and RAY_AUTH_TOKEN, if it is not "
-            "the one that `ray get-auth-token` prints), or RAY_ADDRESS=local to start a Ray of its own"
-        ) from error
-    except ConnectionError:
-        if address != "auto":
-            raise
+        message = (
+            f"the Ray cluster at {address} asks for a token: RAY_AUTH_MODE=token and RAY_AUTH_TOKEN let jobs use it"
+        )
+        if named:
+            raise ConfigError(message) from error
+        logger.warning("%s; doing without it", message)
         return False
     return True
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens at host:port."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_S):
+            return True
+    except OSError:
+        return False
 
 
 def _keep_to_loopback() -> None:
