@@ -13,6 +13,8 @@ from retro_ray.index.merge import nearest, pad_columns
 
 _MARGIN = 8
 """Candidates fetched beyond k, so that ties and a few excluded rows seldom need a second search."""
+_WIDENINGS = (1, 4, 16)
+"""Times as many candidates in each further search of a batch."""
 _NONE_EXCLUDED = (-1, -1)
 
 
@@ -54,10 +56,16 @@ class IndexShard:
         rows = np.full((len(queries), k), -1, np.int64)
         if not len(queries) or not self.num_rows or not k:
             return distances, rows
-        # All at once with a margin; what that leaves open, per excluded range and ever wider.
-        answers = self._search_once(queries, k, k + _MARGIN, self._spec.nprobe, excluded_rows)
-        distances[:], rows[:], complete = answers
-        unfinished = np.flatnonzero(~complete)
+        # All at once, as batches are cheap per query; then, wider, those that ties or exclusions leave open; and
+        # what few remain per excluded range, which FAISS then passes over by itself.
+        unfinished = np.arange(len(queries))
+        for widening in _WIDENINGS:
+            distances[unfinished], rows[unfinished], complete = self._search_once(
+                queries[unfinished], k, widening * (k + _MARGIN), self._spec.nprobe, excluded_rows[unfinished]
+            )
+            unfinished = unfinished[~complete]
+            if not len(unfinished):
+                return distances, rows
         ranges, group_of = np.unique(excluded_rows[unfinished], axis=0, return_inverse=True)
         for group, (first, last) in enumerate(ranges):
             members = unfinished[group_of.reshape(-1) == group]
