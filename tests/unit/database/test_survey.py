@@ -74,7 +74,9 @@ def test_doubled_ids_are_named_with_both_places(tmp_path: Path, files: tuple[str
 def test_ids_of_their_own_are_fine(tmp_path: Path) -> None:
     write_lines(tmp_path / "a.jsonl", [{"id": str(number), "text": "t"} for number in range(50)])
     config, units = planned(tmp_path)
-    refuse_doubled_ids([survey_unit(units[0], config, 0.0).hashes], units, config)
+    hashes = survey_unit(units[0], config, 0.0).hashes
+    assert len(hashes) == 50
+    refuse_doubled_ids([hashes], units, config)
     refuse_doubled_ids([np.empty(0, np.uint64)], units, config)
 
 
