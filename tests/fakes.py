@@ -18,10 +18,10 @@ from retro_ray.database.format import (
     chunks_schema,
     database_directory,
     file_record,
-    keys_schema,
     neighbours_schema,
     write_manifest,
 )
+from retro_ray.database.keys import write_keys
 from retro_ray.database.store import Database
 from retro_ray.text.tokenizer import TextTokenizer, train_tokenizer
 
@@ -96,7 +96,9 @@ def write_tiny_database(
         key_dim=KEY_DIM,
         index=IndexSpec(factory="Flat"),
         num_neighbours=num_neighbours,
-        shards=tuple(shards),
+        num_shards=len(shards),
+        segments=tuple(shards),
+        next_chunk_id=sum(shard.num_chunks for shard in shards),
         validation=validation if num_validation_documents else None,
         files=files,
     )
@@ -185,10 +187,10 @@ def _write_partition(
     }
     write_rows(folder / "documents.arrow", DOCUMENTS_SCHEMA, [pa.table(documents)])
     keys = np.random.default_rng(abs(base)).standard_normal((num_chunks, KEY_DIM)).astype(np.float32)
-    keys_table = pa.table({"key": fixed_size_lists(keys, pa.float32())})
-    write_rows(folder / "keys.arrow", keys_schema(KEY_DIM), [keys_table])
+    write_keys(folder / "keys.npy", [keys], *keys.shape)
     return Partition(
         name=name,
+        shard=-1 if base < 0 else int(name.removeprefix("shard-")),
         chunk_id_base=base,
         num_documents=len(texts),
         num_chunks=num_chunks,

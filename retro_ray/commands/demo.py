@@ -60,7 +60,7 @@ class Demo:
 
         _title("Summary")
         print(
-            f"{manifest.num_documents:,} documents and {manifest.num_chunks:,} chunks in {len(manifest.shards)} shards"
+            f"{manifest.num_documents:,} documents and {manifest.num_chunks:,} chunks in {manifest.num_shards} shards"
         )
         print(f"{evaluation.scores['on'].value:8.4f} bits per byte, RETRO[ON]")
         print(f"{evaluation.scores['off'].value:8.4f} bits per byte, RETRO[OFF]")

@@ -11,17 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from retro_ray.database.arrow_rows import ArrowRows, ArrowRowWriter, write_rows
+from retro_ray.database.arrow_rows import ArrowRowWriter, write_rows
 from retro_ray.database.format import (
     DOCUMENTS_SCHEMA,
     Partition,
     chunks_schema,
-    keys_schema,
     write_json_atomically,
 )
+from retro_ray.database.keys import write_keys
 from retro_ray.database.pages import contents_path, documents_path, page_path
-
-_KEYS_PER_BLOCK = 1 << 14
 
 
 def unit_pages(pages: Path, unit: int, partition: str) -> list[Path]:
@@ -45,14 +43,12 @@ def assemble_partition(
     folder.mkdir(parents=True, exist_ok=True)
     num_tokens = num_rows = num_documents = 0
     chunks = ArrowRowWriter(folder / "chunks.arrow", chunks_schema(chunk_length, vocab_size))
-    keys = ArrowRowWriter(folder / "keys.arrow", keys_schema(key_dim))
-    with chunks, keys:
+    with chunks:
         for unit in units:
             for path in unit_pages(pages, unit, partition):
-                page = pq.read_table(path)
+                page = pq.read_table(path, columns=["tokens", "length", "num_bytes", "document"])
                 document = pa.array(page["document"].to_numpy() + num_documents, pa.int32())
-                chunks.write(page.drop_columns(["key", "document"]).append_column("document", document))
-                keys.write(page.select(["key"]))
+                chunks.write(page.drop_columns(["document"]).append_column("document", document))
                 num_tokens += int(page["length"].to_numpy().sum())
                 num_rows += page.num_rows
             listed = documents_path(pages, unit, partition)
@@ -60,6 +56,8 @@ def assemble_partition(
     if not num_rows:
         shutil.rmtree(folder)
         return None
+    paths = [path for unit in units for path in unit_pages(pages, unit, partition)]
+    write_keys(folder / "keys.npy", map(_page_keys, paths), num_rows, key_dim)
     num_bytes = _write_documents(pages, units, partition, folder / "documents.arrow")
     assembled = Partition(
         name=partition,
@@ -72,6 +70,11 @@ def assemble_partition(
     )
     write_json_atomically(summary, vars(assembled))
     return assembled
+
+
+def _page_keys(path: Path) -> np.ndarray:
+    column = pq.read_table(path, columns=["key"])["key"].combine_chunks()
+    return column.values.to_numpy().reshape(len(column), -1)
 
 
 def _write_documents(pages: Path, units: Sequence[int], partition: str, path: Path) -> int:
@@ -93,25 +96,3 @@ def _write_documents(pages: Path, units: Sequence[int], partition: str, path: Pa
 
     write_rows(path, DOCUMENTS_SCHEMA, tables())
     return num_bytes
-
-
-def key_blocks(path: Path) -> Iterator[np.ndarray]:
-    """The keys of a partition, float32 [<= 16384, D] at a time."""
-    keys = ArrowRows(path)
-    for start in range(0, keys.num_rows, _KEYS_PER_BLOCK):
-        yield keys.slice("key", start, start + _KEYS_PER_BLOCK)
-
-
-def sample_keys(paths: Sequence[Path], num_keys: int, seed: int) -> np.ndarray:
-    """A random sample of the keys of all shards, float32 [n, D]: every key is as likely as any other."""
-    shards = [ArrowRows(path) for path in paths]
-    sizes = np.array([shard.num_rows for shard in shards])
-    total = int(sizes.sum())
-    chosen = np.sort(np.random.default_rng(seed).choice(total, size=min(num_keys, total), replace=False))
-    ends = np.cumsum(sizes)
-    starts = ends - sizes
-    parts = [
-        shard.gather("key", chosen[(chosen >= start) & (chosen < end)] - start)
-        for shard, start, end in zip(shards, starts, ends, strict=True)
-    ]
-    return np.concatenate(parts)

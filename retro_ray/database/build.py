@@ -34,7 +34,7 @@ from fsspec.core import url_to_fs
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
 from retro_ray.config import CorpusConfig, DatabaseConfig
 from retro_ray.database import survey as surveys
-from retro_ray.database.assemble import assemble_partition, sample_keys
+from retro_ray.database.assemble import assemble_partition
 from retro_ray.database.embed_pages import PageEmbedder, chunk_units, unit_is_finished
 from retro_ray.database.format import (
     FORMAT_VERSION,
@@ -47,6 +47,7 @@ from retro_ray.database.format import (
     read_manifest,
     write_manifest,
 )
+from retro_ray.database.keys import sample_keys
 from retro_ray.database.pages import CHUNKS_PER_PAGE
 from retro_ray.database.split import VALIDATION, Split
 from retro_ray.database.tasks import fill_shard, named_problem, named_record, search_neighbours, survey_to_disk
@@ -322,7 +323,7 @@ class DatabaseBuilder:
             if partition.name == VALIDATION:
                 partitions.append(partition)
                 continue
-            partitions.append(dataclasses.replace(partition, chunk_id_base=base))
+            partitions.append(dataclasses.replace(partition, shard=len(partitions), chunk_id_base=base))
             base += partition.num_chunks
         return partitions
 
@@ -332,7 +333,7 @@ class DatabaseBuilder:
         validation = next((partition for partition in partitions if partition.name == VALIDATION), None)
         num_chunks = sum(shard.num_chunks for shard in shards)
         spec = choose_index(num_chunks, self._key_dim)
-        codec = self._work / "codec.faiss"
+        codec = self._build / "codec.faiss"
         if not codec.exists():
             num_keys = num_training_keys(spec, num_chunks)
             sample = sample_keys([self._directory / shard.keys for shard in shards], num_keys, self._config.seed)
@@ -352,7 +353,10 @@ class DatabaseBuilder:
             key_dim=self._key_dim,
             index=spec,
             num_neighbours=self._config.num_neighbours,
-            shards=shards,
+            num_shards=len(shards),
+            segments=shards,
+            next_chunk_id=num_chunks,
+            codec=None if spec.is_exact else f"{self._build_id}/codec.faiss",
             validation=validation,
             files={},
             settings={"corpus": dataclasses.asdict(self._corpus), "database": dataclasses.asdict(self._config)},
@@ -361,7 +365,8 @@ class DatabaseBuilder:
         paths = [f"{self._build_id}/tokenizer/{path.name}" for path in sorted(self._tokenizer_folder.iterdir())]
         for partition in partitions:
             paths += [partition.chunks, partition.documents, partition.keys]
-        return dataclasses.replace(manifest, files=self._checksums(paths + [shard.index for shard in shards]))
+        paths += [shard.index for shard in shards] + ([manifest.codec] if manifest.codec else [])
+        return dataclasses.replace(manifest, files=self._checksums(paths))
 
     def _checksums(self, paths: list[str]) -> dict[str, FileRecord]:
         records = run_tasks(ray.remote(named_record), [(self._directory, path) for path in paths], "checksums")
@@ -369,7 +374,7 @@ class DatabaseBuilder:
 
     def _find_neighbours(self, manifest: Manifest) -> Manifest:
         """Search the neighbours of every chunk through the shard actors of this version."""
-        partitions = [*manifest.shards, *([manifest.validation] if manifest.validation else [])]
+        partitions = [*manifest.segments, *([manifest.validation] if manifest.validation else [])]
         todo = [(self._directory, manifest, part) for part in partitions if not self._neighbours_of(part).exists()]
         # The shards do the work; two tasks in flight keep them busy while one of them merges and writes.
         search = ray.remote(num_cpus=0)(search_neighbours)
@@ -386,9 +391,14 @@ class DatabaseBuilder:
         with (self._build / "skipped.jsonl").open("w", encoding="utf-8") as file:
             for record in skipped:
                 file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
-        previous = _committed_build(self._directory)
+        previous, generation = _committed(self._directory)
+        partitions = [*manifest.segments, *([manifest.validation] if manifest.validation else [])]
+        searched = [dataclasses.replace(part, neighbours_generation=generation + 1) for part in partitions]
         manifest = dataclasses.replace(
             manifest,
+            generation=generation + 1,
+            segments=tuple(searched[: len(manifest.segments)]),
+            validation=searched[-1] if manifest.validation else None,
             stage_seconds=self._stage_seconds,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -422,8 +432,10 @@ def _file_identities(unit: ReadUnit) -> list[list[str]]:
     return identities
 
 
-def _committed_build(directory: Path) -> str | None:
+def _committed(directory: Path) -> tuple[str | None, int]:
+    """Build and generation of the database that is there; None and 0 where none is."""
     try:
-        return read_manifest(directory).build
+        manifest = read_manifest(directory)
     except DatabaseError:
-        return None
+        return None, 0
+    return manifest.build, manifest.generation

@@ -4,13 +4,20 @@
       manifest.json              the database *is* what this lists; replaced last, atomically
       <build>/                   one folder per build, immutable once the manifest names it
         tokenizer/               tokenizer.json, tokenizer_meta.json
-        shard-00000/             chunks.arrow  documents.arrow  keys.arrow  index.faiss  neighbours.arrow
-        validation/              chunks.arrow  documents.arrow  keys.arrow  neighbours.arrow
+        codec.faiss              the trained, empty index that every segment's index was made from
+        shard-00000/             chunks.arrow  documents.arrow  keys.npy  index.faiss  neighbours.arrow
+        validation/              chunks.arrow  documents.arrow  keys.npy  neighbours.arrow
         skipped.jsonl            what could not be read: file, line, reason
+      edit-<generation>/         one folder per later edit: the segments it added, `deleted.arrow`
 
-Rows of `chunks`, `keys` and `neighbours` of one partition (a shard, or the validation split) are
-aligned: row i is one chunk. `chunk_id` of a shard's row is `chunk_id_base + row`; rows of one
-document are consecutive. Chunks of the validation split have no chunk_id: they are in no database.
+The database is a list of *segments*, immutable sets of documents: one per shard after a build, more
+after additions. A shard is what one actor serves: the segments that name it. Deleted documents stay
+in their segments, listed in `deleted.arrow`, until the database is compacted.
+
+Rows of `chunks`, `keys` and `neighbours` of one partition (a segment, or the validation split) are
+aligned: row i is one chunk. `chunk_id` of a segment's row is `chunk_id_base + row`; rows of one
+document are consecutive; no chunk_id is ever given twice in one home. Chunks of the validation split
+have no chunk_id: they are in no database.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ import pyarrow as pa
 
 from retro_ray.errors import DatabaseError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 NEIGHBOURS_NAME = "neighbours.arrow"
 
@@ -60,9 +67,13 @@ def chunks_schema(chunk_length: int, vocab_size: int) -> pa.Schema:
     )
 
 
-def keys_schema(dim: int) -> pa.Schema:
-    """One row per chunk: the embedding it is found by."""
-    return pa.schema({"key": pa.list_(pa.float32(), dim)})
+DELETED_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),  # of the deleted document
+        "first_chunk_id": pa.int64(),
+        "last_chunk_id": pa.int64(),
+    }
+)
 
 
 def neighbours_schema(num_neighbours: int) -> pa.Schema:
@@ -85,10 +96,12 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """A shard of the database, or the validation split. Paths are relative to HOME/database."""
+    """A segment of the database, or the validation split. Paths are relative to HOME/database."""
 
     name: str
-    """`shard-00000`, ... or `validation`."""
+    """`shard-00000`, ... or `validation`; unique in a database."""
+    shard: int = -1
+    """The shard that serves it; -1 for the validation split."""
     chunk_id_base: int
     """chunk_id of row 0; -1 for the validation split."""
     num_documents: int
@@ -99,6 +112,8 @@ class Partition:
     """UTF-8 bytes of text."""
     folder: str
     """Folder of the partition's files."""
+    neighbours_generation: int = 0
+    """Generation of the database in which its stored neighbours were searched."""
 
     @property
     def chunks(self) -> str:
@@ -110,7 +125,7 @@ class Partition:
 
     @property
     def keys(self) -> str:
-        return f"{self.folder}/keys.arrow"
+        return f"{self.folder}/keys.npy"
 
     @property
     def neighbours(self) -> str:
@@ -123,13 +138,13 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSpec:
-    """How every shard is searched: a FAISS factory string and its search-time parameters."""
+    """How every segment is searched: a FAISS factory string and its search-time parameters."""
 
     factory: str
     nprobe: int = 0
     """Inverted lists visited per query; 0 for an exact index."""
-    refine_factor: int = 1
-    """Candidates re-ranked per neighbour asked for, in a refining index."""
+    refine_factor: float = 1.0
+    """Candidates per neighbour asked for whose distances are computed from the keys themselves."""
 
     @property
     def is_exact(self) -> bool:
@@ -153,8 +168,18 @@ class Manifest:
     index: IndexSpec
     num_neighbours: int
     """Neighbours stored per chunk."""
-    shards: tuple[Partition, ...]
+    num_shards: int
+    segments: tuple[Partition, ...]
+    """Ascending by chunk_id_base; which shard serves one is `segment.shard`."""
     validation: Partition | None
+    generation: int = 0
+    """Counts the commits of a home: every build and every edit has a higher one than the last."""
+    next_chunk_id: int = 0
+    """chunk_id_base of the next segment; above every chunk_id ever given."""
+    deleted: str | None = None
+    """File that lists the deleted documents (DELETED_SCHEMA), if there are any."""
+    codec: str | None = None
+    """File of the trained, empty index from which added segments get theirs; None for an exact index."""
     files: dict[str, FileRecord]
     settings: dict[str, Any] = field(default_factory=dict)
     """What the builder was asked for: inputs, columns, split; for people, not for programs."""
@@ -172,23 +197,31 @@ class Manifest:
         actors that already bear the version's name.
         """
         content = self.to_dict()
-        for volatile in ("stage_seconds", "created", "build", "settings"):
+        for volatile in ("stage_seconds", "created", "build", "settings", "generation", "codec", "deleted"):
             content.pop(volatile)
         content["files"] = sorted(
             record["sha256"] for path, record in content["files"].items() if not path.endswith(NEIGHBOURS_NAME)
         )
-        content["shards"] = [{**shard, "folder": ""} for shard in content["shards"]]
+        # Where a segment lies, and when its neighbours were searched, is not what it holds.
+        placeless = {"folder": "", "neighbours_generation": 0}
+        content["segments"] = [{**segment, **placeless} for segment in content["segments"]]
         if content["validation"] is not None:
-            content["validation"] = {**content["validation"], "folder": ""}
+            content["validation"] = {**content["validation"], **placeless}
         return fingerprint(content)
 
     @property
     def num_chunks(self) -> int:
-        return sum(shard.num_chunks for shard in self.shards)
+        """Of all segments, deleted documents' chunks among them."""
+        return sum(segment.num_chunks for segment in self.segments)
 
     @property
     def num_documents(self) -> int:
-        return sum(shard.num_documents for shard in self.shards)
+        """Of all segments, deleted ones among them."""
+        return sum(segment.num_documents for segment in self.segments)
+
+    def segments_of(self, shard: int) -> tuple[Partition, ...]:
+        """The segments that one shard serves; none where the shard is empty."""
+        return tuple(segment for segment in self.segments if segment.shard == shard)
 
     @property
     def chunking_fingerprint(self) -> str:
@@ -202,7 +235,7 @@ class Manifest:
         content = dict(content)
         content.pop("version", None)
         content["index"] = IndexSpec(**content["index"])
-        content["shards"] = tuple(Partition(**shard) for shard in content["shards"])
+        content["segments"] = tuple(Partition(**segment) for segment in content["segments"])
         if content["validation"] is not None:
             content["validation"] = Partition(**content["validation"])
         content["files"] = {path: FileRecord(**rec) for path, rec in content["files"].items()}

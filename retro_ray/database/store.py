@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from retro_ray.database.arrow_rows import ArrowRows
 from retro_ray.database.format import Manifest, Partition, database_directory, file_problem, read_manifest
+from retro_ray.database.keys import read_keys
 from retro_ray.errors import DatabaseError
 from retro_ray.text.tokenizer import TextTokenizer
 
@@ -68,9 +69,9 @@ class ChunkStore:
         return self.partition.num_documents
 
     @cached_property
-    def keys(self) -> ArrowRows:
-        """Column `key`: float32 [num_chunks, key_dim]."""
-        return ArrowRows(self._directory / self.partition.keys)
+    def keys(self) -> np.ndarray:
+        """float32 [num_chunks, key_dim], memory-mapped: the embeddings that the chunks are found by."""
+        return read_keys(self._directory / self.partition.keys)
 
     @cached_property
     def neighbours(self) -> ArrowRows:
@@ -131,7 +132,7 @@ class ChunkStore:
 
 
 class Database:
-    """A committed retrieval database: manifest, tokenizer, shards and validation split."""
+    """A committed retrieval database: manifest, tokenizer, segments and validation split."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = Path(directory)
@@ -169,8 +170,8 @@ class Database:
         return TextTokenizer.load(self.directory / self.manifest.build / "tokenizer")
 
     @cached_property
-    def shards(self) -> tuple[ChunkStore, ...]:
-        return tuple(ChunkStore(self.directory, shard, self.chunk_length) for shard in self.manifest.shards)
+    def segments(self) -> tuple[ChunkStore, ...]:
+        return tuple(ChunkStore(self.directory, segment, self.chunk_length) for segment in self.manifest.segments)
 
     @cached_property
     def validation(self) -> ChunkStore | None:
@@ -180,11 +181,11 @@ class Database:
 
     @cached_property
     def chunk_id_bases(self) -> np.ndarray:
-        """int64 [num_shards], ascending: chunk_id of each shard's first row."""
-        return np.array([shard.chunk_id_base for shard in self.manifest.shards], dtype=np.int64)
+        """int64 [num_segments], ascending: chunk_id of each segment's first row."""
+        return np.array([segment.chunk_id_base for segment in self.manifest.segments], dtype=np.int64)
 
     def neighbour_tokens(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[N, F] of chunks of any shard.
+        """[N, F] of chunks of any segment.
 
         Args:
             chunk_ids: int64 of any shape; -1 where there is no neighbour.
@@ -195,10 +196,10 @@ class Database:
         flat = np.asarray(chunk_ids, dtype=np.int64).reshape(-1)
         width = 2 * self.chunk_length
         tokens, mask = np.zeros((len(flat), width), np.int64), np.zeros((len(flat), width), bool)
-        shard_of = np.where(flat < 0, -1, np.searchsorted(self.chunk_id_bases, flat, side="right") - 1)
-        for shard in np.unique(shard_of[shard_of >= 0]):
-            chosen = np.flatnonzero(shard_of == shard)
-            rows = flat[chosen] - self.chunk_id_bases[shard]
-            tokens[chosen], mask[chosen] = self.shards[shard].neighbour_tokens(rows)
+        segment_of = np.where(flat < 0, -1, np.searchsorted(self.chunk_id_bases, flat, side="right") - 1)
+        for segment in np.unique(segment_of[segment_of >= 0]):
+            chosen = np.flatnonzero(segment_of == segment)
+            rows = flat[chosen] - self.chunk_id_bases[segment]
+            tokens[chosen], mask[chosen] = self.segments[segment].neighbour_tokens(rows)
         shape = (*np.shape(chunk_ids), width)
         return tokens.reshape(shape), mask.reshape(shape)

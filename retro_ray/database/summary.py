@@ -19,13 +19,13 @@ def describe_build(home: Path, manifest: Manifest, seconds: float) -> dict[str, 
 
 def describe(home: Path, manifest: Manifest) -> dict[str, Any]:
     """Documents, chunks, tokens, shards, index, sizes in bytes and fingerprints of a database."""
-    partitions = [*manifest.shards, *([manifest.validation] if manifest.validation else [])]
+    partitions = [*manifest.segments, *([manifest.validation] if manifest.validation else [])]
     sizes = {
         kind: sum(record.size_bytes for path, record in manifest.files.items() if path.endswith(name))
         for kind, name in (
             ("chunks", "chunks.arrow"),
             ("documents", "documents.arrow"),
-            ("keys", "keys.arrow"),
+            ("keys", "keys.npy"),
             ("index", "index.faiss"),
             ("neighbours", "neighbours.arrow"),
         )
@@ -38,12 +38,15 @@ def describe(home: Path, manifest: Manifest) -> dict[str, Any]:
         "created": manifest.created,
         "documents": manifest.num_documents,
         "chunks": manifest.num_chunks,
-        "tokens": sum(shard.num_tokens for shard in manifest.shards),
+        "tokens": sum(segment.num_tokens for segment in manifest.segments),
         "text_bytes": sum(partition.num_bytes for partition in partitions),
         "validation_documents": validation.num_documents if validation else 0,
         "validation_chunks": validation.num_chunks if validation else 0,
-        "shards": len(manifest.shards),
-        "shard_chunks": [shard.num_chunks for shard in manifest.shards],
+        "generation": manifest.generation,
+        "shards": manifest.num_shards,
+        "shard_chunks": [
+            sum(segment.num_chunks for segment in manifest.segments_of(shard)) for shard in range(manifest.num_shards)
+        ],
         "index": manifest.index.factory,
         "neighbours_per_chunk": manifest.num_neighbours,
         "chunk_length": manifest.chunk_length,

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from retro_ray.config import CorpusConfig
-from retro_ray.database.assemble import key_blocks
 from retro_ray.database.format import FileRecord, Manifest, Partition, file_problem, file_record
+from retro_ray.database.keys import key_blocks
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.database.survey import survey_unit, write_survey
 from retro_ray.index.build import fill_index, read_index, write_index

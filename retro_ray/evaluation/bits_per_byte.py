@@ -231,7 +231,7 @@ def _score_windows(
 
 def _random_neighbours(table: ChunkTable, database: Database, count: int, seed: int) -> NeighbourSource:
     """Chunks drawn from the whole database, the same ones for a chunk whatever else is scored."""
-    sizes = np.array([shard.num_chunks for shard in database.shards], np.int64)
+    sizes = np.array([segment.num_chunks for segment in database.segments], np.int64)
     ends = np.cumsum(sizes)
 
     def draw(chunks: np.ndarray) -> np.ndarray:

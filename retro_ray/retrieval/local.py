@@ -27,10 +27,10 @@ class ShardSearcher:
         Raises:
             DatabaseError: a file is missing or damaged; names it.
         """
-        partition = database.manifest.shards[shard]
+        partition = database.manifest.segments[shard]
         database.check_files(partition.index, partition.chunks, partition.documents)
         index = read_index(database.directory / partition.index)
-        return cls(IndexShard(index, database.manifest.index), database.shards[shard])
+        return cls(IndexShard(index, database.manifest.index), database.segments[shard])
 
     def search_ids(
         self, queries: np.ndarray, k: int, excluded_ids: np.ndarray | None = None
@@ -68,7 +68,7 @@ class LocalRetriever:
 
     @classmethod
     def open(cls, database: Database) -> LocalRetriever:
-        return cls([ShardSearcher.open(database, shard) for shard in range(len(database.manifest.shards))])
+        return cls([ShardSearcher.open(database, shard) for shard in range(len(database.manifest.segments))])
 
     def search_ids(
         self, queries: np.ndarray, k: int, excluded_ids: np.ndarray | None = None

@@ -31,7 +31,7 @@ def write_neighbours(store: ChunkStore, retriever: Retriever, num_neighbours: in
         nonlocal num_missing
         for start in range(0, store.num_chunks, _QUERIES_PER_SEARCH):
             rows = np.arange(start, min(start + _QUERIES_PER_SEARCH, store.num_chunks))
-            queries = store.keys.gather("key", rows)
+            queries = store.keys[rows]
             distances, chunk_ids = retriever.search_ids(queries, num_neighbours, own_document_ids(store, rows))
             num_missing += int((chunk_ids < 0).sum())
             columns = [fixed_size_lists(chunk_ids, pa.int64()), fixed_size_lists(distances, pa.float32())]

@@ -52,7 +52,7 @@ def shard_actor(database: Database, shard: int) -> Any:
     name = f"{actor_prefix(database.directory)}{manifest.version}-{shard:05d}"
     resources = {SHARD_RESOURCE: 0.001} if SHARD_RESOURCE in ray.cluster_resources() else {}
     num_nodes = sum(node["Alive"] for node in ray.nodes())
-    threads = max(1, num_cluster_cpus() // num_nodes // -(-len(manifest.shards) // num_nodes))
+    threads = max(1, num_cluster_cpus() // num_nodes // -(-len(manifest.segments) // num_nodes))
     actor = ray.remote(num_cpus=0, resources=resources, max_restarts=-1, max_task_retries=_MAX_TASK_RETRIES)(
         ShardServer
     )

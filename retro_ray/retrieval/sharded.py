@@ -31,7 +31,7 @@ class ShardedRetriever:
         self._database = database
         self._timeout_s = timeout_s
         self._num_attempts = num_attempts
-        self._actors = [shard_actor(database, shard) for shard in range(len(database.manifest.shards))]
+        self._actors = [shard_actor(database, shard) for shard in range(len(database.manifest.segments))]
 
     @property
     def num_shards(self) -> int:

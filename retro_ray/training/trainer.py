@@ -165,7 +165,7 @@ class Trainer:
 
     def _training_batches(self) -> TrainingBatches:
         model, config = self._job.config.model, self._config
-        table = ChunkTable(self._database.shards)
+        table = ChunkTable(self._database.segments)
         num_neighbours = model.num_neighbours if model.cca_layers else 0
         reader = WindowReader(
             table,

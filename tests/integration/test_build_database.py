@@ -60,7 +60,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Built:
 
 def stores_of(database: Database) -> list[ChunkStore]:
     assert database.validation is not None
-    return [*database.shards, database.validation]
+    return [*database.segments, database.validation]
 
 
 # The reference. -----------------------------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_every_document_is_in_one_partition_in_reading_order(built: Built) -> No
             assert (ref.title, ref.source) == (built.documents[place].title, built.documents[place].source)
         seen += places
     assert sorted(seen) == list(range(len(built.documents)))
-    assert len(built.manifest.shards) == 3
+    assert len(built.manifest.segments) == 3
     assert 0 < built.database.validation.num_documents < 20  # type: ignore[union-attr]
 
 
@@ -121,7 +121,7 @@ def test_keys_equal_the_reference(built: Built) -> None:
         rows = np.arange(store.num_chunks)
         chunks = [tokens[:length] for tokens, length in zip(store.tokens(rows), store.lengths(rows), strict=True)]
         expected = embedder.embed([built.database.tokenizer.decode(chunk) for chunk in chunks])
-        keys = store.keys.column("key")
+        keys = store.keys
         cosine = (keys * expected).sum(1) / np.linalg.norm(keys, axis=1) / np.linalg.norm(expected, axis=1)
         assert cosine.min() > 0.999  # bf16 where the machine has it
         np.testing.assert_allclose(np.linalg.norm(keys, axis=1), np.linalg.norm(expected, axis=1), rtol=0.01)
@@ -130,12 +130,12 @@ def test_keys_equal_the_reference(built: Built) -> None:
 def test_neighbours_equal_brute_force(built: Built) -> None:
     """Over the stored keys, in float64: nearest first, ties by chunk_id, none of the own document."""
     database = built.database
-    keys = np.concatenate([store.keys.column("key") for store in database.shards])
+    keys = np.concatenate([store.keys for store in database.segments])
     owner = np.concatenate(
-        [store.document_of(np.arange(store.num_chunks)) + 1000 * shard for shard, store in enumerate(database.shards)]
+        [store.document_of(np.arange(store.num_chunks)) + 1000 * shard for shard, store in enumerate(database.segments)]
     )
     for shard, store in enumerate(stores_of(database)):
-        queries = store.keys.column("key")
+        queries = store.keys
         own = store.document_of(np.arange(store.num_chunks)) + 1000 * shard
         for row in range(store.num_chunks):
             difference = keys - queries[row]
@@ -189,11 +189,11 @@ def test_a_changed_setting_makes_a_new_version_and_the_old_one_stays_readable(bu
     new = Database.open(home)
     assert new.manifest == manifest
     assert manifest.version != built.manifest.version
-    assert (len(new.shards), new.validation) == (1, None)
+    assert (len(new.segments), new.validation) == (1, None)
     assert new.manifest.num_documents == len(built.documents)
     # A service that was started with the old version goes on, until the build after this one.
     old.check_files(*old.manifest.files)
-    assert len(old.shards[2].tokens(np.arange(3))) == 3
+    assert len(old.segments[2].tokens(np.arange(3))) == 3
 
 
 def test_what_a_killed_commit_left_is_cleared_away(built: Built, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_what_a_killed_commit_left_is_cleared_away(built: Built, tmp_path: Path)
 
 def test_a_damaged_database_is_built_again(built: Built, tmp_path: Path) -> None:
     home = built.copy(tmp_path / "home")
-    path = home / "database" / built.manifest.shards[1].index
+    path = home / "database" / built.manifest.segments[1].index
     content = bytearray(path.read_bytes())
     content[-5] ^= 16
     path.write_bytes(bytes(content))
@@ -312,8 +312,8 @@ def test_a_corpus_smaller_than_its_settings(tmp_path: Path, capsys: pytest.Captu
     result = json.loads(capsys.readouterr().out)
     assert (result["documents"], result["chunks"], result["skipped_records"]) == (2, 2, {})
     database = Database.open(home)
-    assert len(database.shards) <= 2
-    found = np.concatenate([store.neighbours.column("chunk_ids") for store in database.shards])
+    assert len(database.segments) <= 2
+    found = np.concatenate([store.neighbours.column("chunk_ids") for store in database.segments])
     assert found.tolist() == [[1, *[-1] * 9], [0, *[-1] * 9]]
     _, mask = database.neighbour_tokens(found)
     assert mask[:, 0].any()

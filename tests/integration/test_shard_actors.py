@@ -31,7 +31,7 @@ def database(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Ite
 
 @pytest.fixture(scope="module")
 def queries(database: Database) -> np.ndarray:
-    return np.concatenate([store.keys.column("key")[::7] for store in database.shards])
+    return np.concatenate([store.keys[::7] for store in database.segments])
 
 
 @pytest.fixture(scope="module")
@@ -111,12 +111,12 @@ def test_a_search_that_fails_is_an_error_of_its_shard(database: Database) -> Non
 def test_a_damaged_shard_is_named_and_served_once_it_is_mended(tmp_path: Path) -> None:
     """The actor that cannot load it ends, and is not started for ever."""
     database = with_indexes(write_tiny_database(tmp_path, num_shards=2))
-    path = database.directory / database.manifest.shards[1].index
+    path = database.directory / database.manifest.segments[1].index
     content = path.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1
     path.write_bytes(bytes(flipped))
-    queries = database.shards[0].keys.column("key")[:3]
+    queries = database.segments[0].keys[:3]
     retriever = ShardedRetriever(database, num_attempts=2)
     with pytest.raises(RetrievalError) as caught:
         retriever.search(queries, K)

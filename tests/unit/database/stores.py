@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from retro_ray.database.arrow_rows import fixed_size_lists, write_rows
-from retro_ray.database.format import DOCUMENTS_SCHEMA, Partition, chunks_schema, keys_schema
+from retro_ray.database.format import DOCUMENTS_SCHEMA, Partition, chunks_schema
+from retro_ray.database.keys import write_keys
 from retro_ray.database.store import ChunkStore
 
 M = 4
@@ -55,8 +56,7 @@ def write_store(
     num_chunks = write_rows(folder / name / "chunks.arrow", schema, [pa.table(columns)])
     write_rows(folder / name / "documents.arrow", DOCUMENTS_SCHEMA, [pa.Table.from_pylist(documents)])
     if keys is not None:
-        table = pa.table({"key": fixed_size_lists(keys, pa.float32())})
-        write_rows(folder / name / "keys.arrow", keys_schema(keys.shape[1]), [table])
+        write_keys(folder / name / "keys.npy", [keys], *keys.shape)
     partition = Partition(
         name=name,
         chunk_id_base=base,

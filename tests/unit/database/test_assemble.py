@@ -2,13 +2,8 @@
 
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pytest
 
-from retro_ray.database.arrow_rows import fixed_size_lists, write_rows
-from retro_ray.database.assemble import key_blocks, sample_keys
-from retro_ray.database.format import keys_schema
 from tests.unit.database.corpora import Pages, make_document, split_of
 
 
@@ -56,30 +51,3 @@ def test_a_missing_page_ends_the_assembly_and_leaves_no_torn_file(tmp_path: Path
     with pytest.raises(FileNotFoundError):
         pages.assemble(tmp_path / "b1")
     assert [path for path in (tmp_path / "b1").rglob("*") if path.is_file()] == []
-
-
-def write_keys(path: Path, keys: np.ndarray) -> Path:
-    write_rows(path, keys_schema(keys.shape[1]), [pa.table({"key": fixed_size_lists(keys, pa.float32())})])
-    return path
-
-
-def test_key_blocks_are_the_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("retro_ray.database.assemble._KEYS_PER_BLOCK", 4)
-    keys = np.arange(30, dtype=np.float32).reshape(10, 3)
-    blocks = list(key_blocks(write_keys(tmp_path / "keys.arrow", keys)))
-    assert [len(block) for block in blocks] == [4, 4, 2]
-    np.testing.assert_array_equal(np.concatenate(blocks), keys)
-
-
-def test_a_sample_is_of_all_shards_alike(tmp_path: Path) -> None:
-    sizes = [10, 0, 500, 90]
-    keys = np.arange(sum(sizes), dtype=np.float32)[:, None] * np.ones(2, np.float32)
-    parts = np.split(keys, np.cumsum(sizes)[:-1])
-    paths = [write_keys(tmp_path / f"{i}.arrow", part) for i, part in enumerate(parts)]
-    drawn = sample_keys(paths, 300, seed=0)[:, 0]
-    assert len(np.unique(drawn)) == 300
-    counts = np.histogram(drawn, bins=[0, 10, 510, 600])[0]
-    np.testing.assert_allclose(counts, [5, 250, 45], atol=16)
-    np.testing.assert_array_equal(sample_keys(paths, 300, seed=0)[:, 0], drawn)
-    assert set(sample_keys(paths, 300, seed=1)[:, 0]) != set(drawn)
-    np.testing.assert_array_equal(sample_keys(paths, 10_000, seed=0), keys)

@@ -60,7 +60,8 @@ def manifest(**changes: Any) -> Manifest:
         key_dim=384,
         index=IndexSpec(factory="IVF64,PQ192x4fs,Refine(SQ8)", nprobe=16, refine_factor=10),
         num_neighbours=4,
-        shards=(partition("shard-00000", 0), partition("shard-00001", 10)),
+        num_shards=2,
+        segments=(partition("shard-00000", 0), partition("shard-00001", 10)),
         validation=partition("validation", -1),
         files=files,
         settings={"corpus": {"input": ["python-docs"]}},
@@ -88,7 +89,7 @@ def renamed_build(whole: Manifest, build: str) -> Manifest:
     return dataclasses.replace(
         whole,
         build=build,
-        shards=tuple(moved(shard) for shard in whole.shards),
+        segments=tuple(moved(shard) for shard in whole.segments),
         validation=None if whole.validation is None else moved(whole.validation),
         files={path.replace("b1/", f"{build}/"): record for path, record in whole.files.items()},
     )
@@ -129,7 +130,7 @@ def test_other_contents_have_other_versions() -> None:
         manifest(index=IndexSpec(factory="Flat")),
         manifest(num_neighbours=5),
         manifest(validation=None),
-        manifest(shards=whole.shards[:1]),
+        manifest(segments=whole.segments[:1]),
     ]
     assert len({whole.version, *(other.version for other in others)}) == 1 + len(others)
 
@@ -156,7 +157,7 @@ def test_a_cut_manifest(tmp_path: Path, size: int) -> None:
     assert "damaged" in one_line_error(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[]", "5", '"text"', "null", "{}", '{"format_version": 1}'])
+@pytest.mark.parametrize("content", ["[]", "5", '"text"', "null", "{}", '{"format_version": 2}'])
 def test_json_that_is_no_manifest(tmp_path: Path, content: str) -> None:
     (tmp_path / MANIFEST_NAME).write_text(content)
     assert "damaged" in one_line_error(tmp_path)
@@ -195,9 +196,9 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path_factory, position: int, b
         message = str(error)
     else:
         assert read.version == whole.version
-        assert read.shards == tuple(
+        assert read.segments == tuple(
             dataclasses.replace(shard, folder=other.folder)
-            for shard, other in zip(whole.shards, read.shards, strict=True)
+            for shard, other in zip(whole.segments, read.segments, strict=True)
         )
     assert "\n" not in message
 

@@ -66,7 +66,7 @@ def test_a_store_that_is_not_what_the_manifest_says(tmp_path: Path) -> None:
 @pytest.mark.parametrize("num_shards", [1, 3])
 def test_neighbours_across_shards(tmp_path: Path, num_shards: int) -> None:
     database = write_tiny_database(tmp_path, num_shards=num_shards)
-    ends = [shard.chunk_id_base + shard.num_chunks for shard in database.shards]
+    ends = [shard.chunk_id_base + shard.num_chunks for shard in database.segments]
     borders = [-1, 0, *(end - 1 for end in ends), *ends[:-1]]
     chunk_ids = np.array([borders, list(np.random.default_rng(0).integers(-1, ends[-1], len(borders)))])
     tokens, mask = database.neighbour_tokens(chunk_ids)
@@ -77,7 +77,7 @@ def test_neighbours_across_shards(tmp_path: Path, num_shards: int) -> None:
             assert not mask[place].any()
             assert not tokens[place].any()
             continue
-        shard = next(s for s in database.shards if s.chunk_id_base <= chunk_id < s.chunk_id_base + s.num_chunks)
+        shard = next(s for s in database.segments if s.chunk_id_base <= chunk_id < s.chunk_id_base + s.num_chunks)
         expected = shard.neighbour_tokens(np.array([chunk_id - shard.chunk_id_base]))
         np.testing.assert_array_equal(tokens[place], expected[0][0])
         np.testing.assert_array_equal(mask[place], expected[1][0])
@@ -86,14 +86,14 @@ def test_neighbours_across_shards(tmp_path: Path, num_shards: int) -> None:
 def test_a_shard_ends_its_last_document(tmp_path: Path) -> None:
     """The first chunk of the next shard has the next chunk_id, and is no continuation."""
     database = write_tiny_database(tmp_path, num_shards=2)
-    last = database.shards[1].chunk_id_base - 1
+    last = database.segments[1].chunk_id_base - 1
     _, mask = database.neighbour_tokens(np.array([last]))
     assert not mask[0, database.chunk_length :].any()
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     database = write_tiny_database(tmp_path)
-    shard = database.manifest.shards[0]
+    shard = database.manifest.segments[0]
     database.check_files(*database.manifest.files)
     path = database.directory / shard.documents
     content = bytearray(path.read_bytes())

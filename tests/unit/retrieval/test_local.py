@@ -21,9 +21,9 @@ def database(tmp_path: Path) -> Database:
 
 def test_an_answer_holds_the_chunks_and_their_documents(database: Database) -> None:
     retriever = LocalRetriever.open(database)
-    queries = np.concatenate([store.keys.column("key")[:2] for store in database.shards])
+    queries = np.concatenate([store.keys[:2] for store in database.segments])
     answer = retriever.search(queries, 5)
-    own = np.concatenate([[store.chunk_id_base, store.chunk_id_base + 1] for store in database.shards])
+    own = np.concatenate([[store.chunk_id_base, store.chunk_id_base + 1] for store in database.segments])
     np.testing.assert_array_equal(answer.chunk_ids[:, 0], own)
     np.testing.assert_array_equal(answer.distances[:, 0], 0)
     tokens, mask = database.neighbour_tokens(answer.chunk_ids)
@@ -31,14 +31,14 @@ def test_an_answer_holds_the_chunks_and_their_documents(database: Database) -> N
     np.testing.assert_array_equal(answer.mask, mask)
     for query, chunk_id in np.ndindex(answer.chunk_ids.shape):
         found = int(answer.chunk_ids[query, chunk_id])
-        store = next(s for s in database.shards if s.chunk_id_base <= found < s.chunk_id_base + s.num_chunks)
+        store = next(s for s in database.segments if s.chunk_id_base <= found < s.chunk_id_base + s.num_chunks)
         document = int(store.document_of(np.array([found - store.chunk_id_base]))[0])
         assert answer.documents[query][chunk_id] == store.document_ref(document)
 
 
 def test_more_neighbours_than_chunks(database: Database) -> None:
     num_chunks = database.manifest.num_chunks
-    answer = LocalRetriever.open(database).search(database.shards[0].keys.column("key")[:2], num_chunks + 3)
+    answer = LocalRetriever.open(database).search(database.segments[0].keys[:2], num_chunks + 3)
     assert sorted(answer.chunk_ids[0, :num_chunks]) == list(range(num_chunks))
     assert (answer.chunk_ids[:, num_chunks:] == -1).all()
     assert np.isinf(answer.distances[:, num_chunks:]).all()
@@ -54,7 +54,7 @@ def test_no_queries(database: Database) -> None:
 
 
 def test_own_documents_end_where_the_next_begins(database: Database) -> None:
-    store = database.shards[1]
+    store = database.segments[1]
     ranges = own_document_ids(store, np.arange(store.num_chunks))
     assert ranges is not None
     for row, (first, last) in enumerate(ranges - store.chunk_id_base):
@@ -67,7 +67,7 @@ def test_own_documents_end_where_the_next_begins(database: Database) -> None:
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
 @pytest.mark.parametrize("file", ["index", "chunks", "documents"])
 def test_a_damaged_shard_is_not_served(database: Database, file: str, damage: str) -> None:
-    path = database.directory / getattr(database.manifest.shards[1], file)
+    path = database.directory / getattr(database.manifest.segments[1], file)
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes({"flipped": bytes(content), "cut": bytes(content[:-7]), "missing": b""}[damage])

@@ -22,7 +22,7 @@ def database(tmp_path_factory) -> Database:
 
 
 def make(database: Database, **settings) -> TrainingBatches:
-    table = ChunkTable(database.shards)
+    table = ChunkTable(database.segments)
     reader = WindowReader(
         table,
         database,
@@ -34,7 +34,7 @@ def make(database: Database, **settings) -> TrainingBatches:
 
 def chunk_of(database: Database, number: int) -> tuple[ChunkStore, int]:
     """Store and row of the chunk `number` of a ChunkTable of all shards."""
-    for shard in database.shards:
+    for shard in database.segments:
         if number < shard.num_chunks:
             return shard, number
         number -= shard.num_chunks
@@ -196,7 +196,7 @@ def test_retrieval_dropout_hides_all_neighbours_of_a_share_of_the_windows(databa
 
 def test_more_neighbours_than_stored_and_more_workers_than_windows_are_refused(database):
     with pytest.raises(ConfigError, match="--num-neighbours is 9, the database stores 4"):
-        stored_neighbours(ChunkTable(database.shards), database, 9)
+        stored_neighbours(ChunkTable(database.segments), database, 9)
     with pytest.raises(ConfigError, match="--batch-size is 2, less than the 3 workers"):
         make(database, batch_size=2, world_size=3)
 

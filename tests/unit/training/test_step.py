@@ -19,7 +19,7 @@ def database(tmp_path_factory):
 
 
 def batches_of(database, config, rank=0, world_size=1) -> TrainingBatches:
-    table = ChunkTable(database.shards)
+    table = ChunkTable(database.segments)
     neighbours = stored_neighbours(table, database, config.model.num_neighbours)
     reader = WindowReader(table, database, neighbours=neighbours, end_target=database.tokenizer.eos_id)
     return TrainingBatches(
