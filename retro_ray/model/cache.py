@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -35,9 +36,9 @@ class DecodeCache:
             return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
 
         heads, head_dim = config.num_heads, config.head_dim
+        self._config = config
         self.max_tokens = max_tokens
         self.num_neighbours = num_neighbours
-        self.num_cca_rows = num_neighbours * config.neighbour_length + (config.cca_start == "copy")
         # On the CPU, because lengths steer the decoding and reading them must not wait for a GPU.
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
         self.keys = [zeros(heads, max_tokens, head_dim) for _ in range(config.num_layers)]
@@ -51,6 +52,48 @@ class DecodeCache:
     @property
     def batch_size(self) -> int:
         return len(self.lengths)
+
+    @property
+    def num_cca_rows(self) -> int:
+        """Rows that CCA reads per slot: all tokens of all neighbours, and with "copy" a null row."""
+        return self.num_neighbours * self._config.neighbour_length + (self._config.cca_start == "copy")
+
+    def prefix(self, num_slots: int) -> DecodeCache:
+        """The first slots alone, as a cache in the same memory: what is written there is written here."""
+        view = copy.copy(self)
+        for name in ("lengths", "cca_mask", "chunk_hidden"):
+            setattr(view, name, getattr(self, name)[:num_slots])
+        for name in ("keys", "values"):
+            setattr(view, name, [store[:num_slots] for store in getattr(self, name)])
+        for name in ("cca_keys", "cca_values"):
+            setattr(view, name, {layer: store[:num_slots] for layer, store in getattr(self, name).items()})
+        return view
+
+    def move(self, source: int, target: int) -> None:
+        """Copy slot `source` over slot `target`."""
+        num_tokens = int(self.lengths[source])
+        for store in (*self.keys, *self.values):
+            store[target, :, :num_tokens] = store[source, :, :num_tokens]
+        for store in (self.lengths, *self.cca_keys.values(), *self.cca_values.values(), self.cca_mask):
+            store[target] = store[source]
+        self.chunk_hidden[target] = self.chunk_hidden[source]
+
+    def resize(self, batch_size: int, max_tokens: int, num_neighbours: int) -> None:
+        """Make room for more, or for less: what does not fit any longer is lost.
+
+        Tensor by tensor, so that old and new are never there together.
+        """
+        self.max_tokens, self.num_neighbours = max_tokens, num_neighbours
+        heads, head_dim = self._config.num_heads, self._config.head_dim
+        for store in (self.keys, self.values):
+            for number, old in enumerate(store):
+                store[number] = _resized(old, batch_size, heads, max_tokens, head_dim)
+        for store in (self.cca_keys, self.cca_values):
+            for layer, old in store.items():
+                store[layer] = _resized(old, batch_size, heads, self.num_cca_rows, head_dim)
+        self.cca_mask = _resized(self.cca_mask, batch_size, self.num_cca_rows)
+        self.chunk_hidden = _resized(self.chunk_hidden, batch_size, *self.chunk_hidden.shape[1:])
+        self.lengths = _resized(self.lengths, batch_size)
 
     def reset(self, slots: int | Tensor) -> None:
         """Empty one slot, or those numbered in an int64 tensor."""
@@ -99,6 +142,14 @@ class DecodeCache:
                 f"{num_neighbours} neighbours per chunk do not fit a cache of num_neighbours = "
                 f"{self.num_neighbours}: make the cache with num_neighbours={num_neighbours}"
             )
+
+
+def _resized(old: Tensor, *shape: int) -> Tensor:
+    """Zeros of `shape`, with what of `old` has a place in it."""
+    new = old.new_zeros(shape)
+    common = tuple(slice(min(pair)) for pair in zip(old.shape, shape, strict=True))
+    new[common] = old[common]
+    return new
 
 
 class PromptRecorder:

@@ -224,6 +224,26 @@ class RetroModel(nn.Module):
     ) -> Tensor:
         """Read prompts into empty or used slots in one pass; logits [B, V] after each one's last token.
 
+        Arguments and errors are those of `prefill_hidden`.
+        """
+        hidden_BTD = self.prefill_hidden(
+            tokens_BT, lengths_B, cache, neighbours_BLKR, neighbour_mask_BLKR, slots_B=slots_B
+        )
+        return self.read_out(hidden_BTD[torch.arange(len(hidden_BTD)), lengths_B.cpu() - 1])
+
+    @torch.no_grad()
+    def prefill_hidden(
+        self,
+        tokens_BT: Tensor,
+        lengths_B: Tensor,
+        cache: DecodeCache,
+        neighbours_BLKR: Tensor | None = None,
+        neighbour_mask_BLKR: Tensor | None = None,
+        *,
+        slots_B: Tensor | None = None,
+    ) -> Tensor:
+        """Read prompts in one pass; the input [B, T, D] of `read_out` for each of their tokens.
+
         Args:
             tokens_BT: int64, prompts padded on the right.
             lengths_B: int64, real tokens of each prompt, 1 to T.
@@ -251,8 +271,7 @@ class RetroModel(nn.Module):
         if encoded is not None:
             self._store(cache, *recorder.newest_chunks(encoded))
         cache.lengths[slots_B.cpu()] = lengths_B
-        last_BD = h_BTD[torch.arange(len(h_BTD)), lengths_B - 1]
-        return self.read_out(self.norm(last_BD))
+        return self.norm(h_BTD)
 
     @torch.no_grad()
     def decode_step(

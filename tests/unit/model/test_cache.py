@@ -126,3 +126,24 @@ def test_a_pausing_slot_keeps_its_state() -> None:
     assert torch.equal(cache.cca_mask, mask_BS)
     assert torch.equal(cache.cca_values[2], values)
     assert cache.lengths.tolist() == [7, 6]
+
+
+def test_slots_decode_on_after_the_cache_was_resized_and_a_slot_moved() -> None:
+    config = small_config(cca_start="copy")
+    model = random_model(config)
+    batch = random_batch(config, batch_size=3, num_tokens=10)
+    prompts = batch.tokens_BT[:, :9], torch.tensor([9, 5, 8])
+    whole, moved = model.new_cache(3, 12), model.new_cache(3, 9)
+    for cache in (whole, moved):
+        model.prefill(*prompts, cache, *batch.retrieval.values())
+    expected_BV = model.decode_step(batch.tokens_BT[:, 9], whole)
+    moved.resize(4, 12, config.num_neighbours + 1)
+    moved.move(2, 0)
+    view = moved.prefix(2)
+    logits_BV = model.decode_step(batch.tokens_BT[[2, 1], 9], view)
+    torch.testing.assert_close(logits_BV, expected_BV[[2, 1]])
+    assert (view.batch_size, moved.batch_size) == (2, 4)
+    assert moved.lengths.tolist() == [9, 6, 8, 0]
+    moved.resize(2, 9, config.num_neighbours)
+    assert moved.keys[0].shape[::2] == (2, 9)
+    assert moved.lengths.tolist() == [9, 6]
