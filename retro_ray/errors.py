@@ -1,7 +1,7 @@
 """The errors that retro_ray raises for what its user can mend.
 
-Every message is one line that names the offending value, the setting and the way out. All
-classes take the message alone, so that they pickle across Ray's processes unchanged.
+Every message is one line that names the offending value, the setting and the way out. Classes take
+the message alone, or say how they pickle, so that they cross Ray's processes unchanged.
 """
 
 from __future__ import annotations
@@ -37,3 +37,23 @@ class RetrievalError(RetroRayError):
 
 class PromptError(RetroRayError):
     """A generation request that cannot be served: too long, or a value out of range."""
+
+
+class OverloadedError(RetroRayError):
+    """More requests than can wait, or a service that is shutting down: to be asked again later.
+
+    Args:
+        message: what is full, and how much it holds.
+        retry_after_s: when it is worth trying again.
+    """
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[OverloadedError], tuple[str, float]]:
+        return OverloadedError, (str(self), self.retry_after_s)
+
+
+class DeadlineError(RetroRayError):
+    """A request was not finished by its deadline."""

@@ -1,10 +1,12 @@
-"""From a row of logits to a token: temperature, top-k, top-p, min-p, and a generator per request.
+"""From a row of logits to a token: repetition penalty, temperature, top-k, top-p, min-p, and a
+generator per request.
 
 Shape letters: V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,9 @@ class SamplingConfig:
     """Only the smallest set of likeliest tokens that holds at least this much probability."""
     min_p: float = 0.0
     """Only tokens at least this many times as likely as the likeliest one."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that are in the prompt or the text so far are divided by it where they are
+    positive, multiplied where negative (Keskar et al. 2019, section 4.1); 1 changes nothing."""
     seed: int | None = None
     """Same seed, same request: same tokens. None: a fresh one each time."""
 
@@ -33,6 +38,7 @@ class SamplingConfig:
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all) or more")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0, at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        _require(0 < self.repetition_penalty <= 10, "repetition_penalty", self.repetition_penalty, "above 0, up to 10")
         if self.seed is not None:
             _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
 
@@ -44,6 +50,16 @@ class SamplingConfig:
         else:
             generator.manual_seed(self.seed)
         return generator
+
+
+def penalise_repetition(logits_V: torch.Tensor, seen: Sequence[int], config: SamplingConfig) -> torch.Tensor:
+    """`logits_V` as the distribution is made of them, where the text so far is `seen`."""
+    if config.repetition_penalty == 1:
+        return logits_V
+    tokens = torch.tensor(sorted(set(seen)), device=logits_V.device)
+    of_seen = logits_V[tokens]
+    penalty = config.repetition_penalty
+    return logits_V.index_copy(0, tokens, torch.where(of_seen > 0, of_seen / penalty, of_seen * penalty))
 
 
 def token_probabilities(logits_V: torch.Tensor, config: SamplingConfig) -> np.ndarray:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retro_ray.errors import PromptError, RetrievalError
-from retro_ray.generation.engine import DecodingBatch, GenerationEngine
+from retro_ray.generation.engine import GenerationEngine
 from retro_ray.generation.request import GenerationRequest, GenerationResult
 from retro_ray.generation.sampling import SamplingConfig
 from retro_ray.model.retro import RetroModel
@@ -67,26 +67,6 @@ def test_a_request_gets_in_a_batch_what_it_gets_alone(model, tokenizer, search, 
     assert engine.generate(requests) == alone
     assert engine.generate(requests[::-1]) == alone[::-1]
     assert engine.generate([]) == []
-
-
-def test_sequences_admitted_while_others_decode_get_what_they_get_alone(
-    model, tokenizer, search, prompt_of: PromptOf
-) -> None:
-    engine = GenerationEngine(model, tokenizer, search)
-    requests = mixed_requests(prompt_of)
-    states = [engine.start(request) for request in requests]
-    batch = DecodingBatch(engine, num_slots=2, max_tokens=model.config.context_length, num_neighbours=5)
-    waiting = list(states)
-    produced: dict[int, list[int]] = {id(state): [] for state in states}
-    while waiting or batch.active:
-        admitted = waiting[: batch.num_free_slots]
-        waiting = waiting[len(admitted) :]
-        batch.admit(admitted)
-        for state, token in batch.step():
-            produced[id(state)].append(token)
-    results = [state.result(M) for state in states]
-    assert results == [engine.generate([request])[0] for request in requests]
-    assert [tuple(produced[id(state)]) for state in states] == [result.token_ids for result in results]
 
 
 def test_the_seed_decides_the_tokens(model, tokenizer, search) -> None:
@@ -224,7 +204,7 @@ def test_a_request_beyond_the_context_names_the_limit_and_both_numbers(model, to
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1, or 0 together with echo"),
         ({"stop": ("a", "")}, "stop has an empty string"),
         ({"num_neighbours": 0}, "num_neighbours is 0; it must be from 1 to"),
         ({"num_neighbours": 65}, "num_neighbours is 65; it must be from 1 to"),

@@ -3,7 +3,9 @@ import itertools
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from retro_ray.generation.request import GenerationRequest, RetrievedChunk, SequenceState
+from retro_ray.generation.neighbours import ChunkQuery, RetrievedChunk
+from retro_ray.generation.request import GenerationRequest
+from retro_ray.generation.sequence import SequenceState
 from retro_ray.text.tokenizer import TextTokenizer
 from tests.unit.generation.fakes import CHUNK_LENGTH, HashSearch
 
@@ -12,7 +14,8 @@ M = CHUNK_LENGTH
 
 def state_of(tokenizer: TextTokenizer, prompt: str, **settings) -> SequenceState:
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
-    return SequenceState(GenerationRequest(prompt=prompt, max_tokens=1000, **settings), tokens, tokenizer, 2)
+    request = GenerationRequest(prompt=prompt, max_tokens=1000, **settings)
+    return SequenceState(request, tokens, tokenizer, chunk_length=M, num_neighbours=2)
 
 
 def test_text_is_cut_at_the_first_stop_string_wherever_it_starts_in_a_token(tokenizer) -> None:
@@ -42,9 +45,11 @@ def test_cited_stretches_cut_no_character_and_lose_none(tokenizer, text: str) ->
     for token in tokenizer.encode(text).tolist():
         if len(state.tokens) % M == 0:
             u = len(state.tokens) // M
-            state.retrieved.append(RetrievedChunk(u, search.retrieve_chunks([state.tokens[-M:]], 2), 0))
+            query = ChunkQuery(u, tuple(state.tokens[-M:]), 2, None)
+            state.retrieved.append(RetrievedChunk(query, search.retrieve_chunks([query.tokens], 2), 0))
         state.append(token)
-    citations = state.citations(M)
+    state.finish("length")
+    citations = state.citations()
     assert len(citations) == -(-len(state.generated) // M)
     stretches = [text[citation.text_start : citation.text_end] for citation in citations]
     assert "".join(stretches) == text == state.text()

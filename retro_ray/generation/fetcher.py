@@ -1,0 +1,94 @@
+"""Neighbours are retrieved in a thread of their own, so that sequences that need none decode on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from retro_ray.generation.engine import GenerationEngine
+from retro_ray.generation.neighbours import ChunkQuery, RetrievedChunk
+
+MAX_QUERIES_PER_CALL = 64
+"""Long prompts that came together are retrieved one after another, so that a sequence that has only
+stopped for a moment need not wait for all of them."""
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Chunks of one sequence whose neighbours are wanted."""
+
+    engine: GenerationEngine
+    owner: object
+    """Whose they are; the fetcher does not look at it."""
+    queries: tuple[ChunkQuery, ...]
+
+
+Deliver = Callable[[Fetch, list[RetrievedChunk] | Exception], None]
+
+
+class NeighbourFetcher:
+    """Retrieves for many sequences, those that wait at the same time in one call.
+
+    Args:
+        deliver: told, in the fetcher's thread, of what has arrived and of what failed.
+    """
+
+    def __init__(self, deliver: Deliver) -> None:
+        self.busy_s = 0.0
+        """Time that retrieval has taken."""
+        self._deliver = deliver
+        self._urgent: deque[Fetch] = deque()
+        self._others: deque[Fetch] = deque()
+        self._condition = threading.Condition()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name="retro-ray-neighbours", daemon=True)
+        self._thread.start()
+
+    def ask(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
+        """Retrieve for `fetches`; urgent ones first, because decoding has stopped for them."""
+        with self._condition:
+            (self._urgent if urgent else self._others).extend(fetches)
+            self._condition.notify()
+
+    def close(self) -> None:
+        """Retrieve nothing more; what is on its way is still delivered."""
+        with self._condition:
+            self._is_closed = True
+            self._condition.notify()
+
+    def _run(self) -> None:
+        while fetches := self._take():
+            start = time.monotonic()
+            self._fetch(fetches)
+            self.busy_s += time.monotonic() - start
+
+    def _take(self) -> list[Fetch]:
+        """What the next call retrieves for, at least one; nothing once closed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._urgent or self._others or self._is_closed)
+            taken: list[Fetch] = []
+            num_queries = 0
+            for waiting in () if self._is_closed else (self._urgent, self._others):
+                while waiting and (not taken or num_queries + len(waiting[0].queries) <= MAX_QUERIES_PER_CALL):
+                    taken.append(waiting.popleft())
+                    num_queries += len(taken[-1].queries)
+            return taken
+
+    def _fetch(self, fetches: Sequence[Fetch]) -> None:
+        for engine in dict.fromkeys(fetch.engine for fetch in fetches):
+            together = [fetch for fetch in fetches if fetch.engine is engine]
+            try:
+                found = iter(engine.retrieve([query for fetch in together for query in fetch.queries]))
+            except Exception as error:
+                # One of them may be the cause: the others must not suffer for it.
+                if len(together) > 1:
+                    for fetch in together:
+                        self._fetch([fetch])
+                else:
+                    self._deliver(together[0], error)
+                continue
+            for fetch in together:
+                self._deliver(fetch, [next(found) for _ in fetch.queries])
