@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from retro_ray.command_line import parse, run
+from retro_ray.commands.assess import Assess
 from retro_ray.commands.demo import Demo
 from retro_ray.commands.generate import Generate
 from retro_ray.commands.inspect import Inspect
@@ -18,6 +19,7 @@ Command = (
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Assess, tyro.conf.subcommand("assess")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
 )
 
