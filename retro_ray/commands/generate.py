@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from retro_ray.config import default_home
+
+if TYPE_CHECKING:
+    from retro_ray.generation.engine import GenerationEngine
+    from retro_ray.generation.request import GenerationRequest, GenerationResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +43,10 @@ class Generate:
     """Neighbours per chunk. Default: as many as in training."""
     no_retrieval: bool = False
     """Generate without neighbours."""
+    prefetch: bool = False
+    """Look neighbours up when three quarters of a chunk are there, so that generation does not stop for them."""
     json: bool = False
-    """Print one JSON object."""
+    """Print one JSON object, at the end."""
 
     def run(self) -> None:
         from retro_ray.database.store import Database
@@ -59,16 +67,37 @@ class Generate:
         database = Database.open(self.home)
         model, _, _ = load_model(run_directory(self.home, self.run_name), database.manifest)
         retriever = None if self.no_retrieval else open_retriever(database)
-        result = GenerationEngine(model, database.tokenizer, retriever).generate([request])[0]
+        engine = GenerationEngine(model, database.tokenizer, retriever, prefetch=self.prefetch)
         if self.json:
+            [result] = engine.generate([request])
             print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False))
         else:
-            print(as_text(self.prompt, result))
+            print(self.prompt, end="", flush=True)
+            print(citations_as_text(asyncio.run(_print_as_it_comes(engine, request))))
 
 
-def as_text(prompt: str, result) -> str:
+async def _print_as_it_comes(engine: GenerationEngine, request: GenerationRequest) -> GenerationResult:
+    from retro_ray.generation.events import Finished, TextDelta
+    from retro_ray.generation.scheduler import GenerationScheduler
+
+    with contextlib.closing(GenerationScheduler(engine, max_batch_size=1)) as scheduler:
+        async for event in scheduler.stream(request):
+            if isinstance(event, TextDelta):
+                print(event.text, end="", flush=True)
+            elif isinstance(event, Finished):
+                print()
+                return event.result
+    raise AssertionError("a stream ends with Finished or an error")
+
+
+def as_text(prompt: str, result: GenerationResult) -> str:
     """A generation for people: the text, then what each stretch of it was conditioned on."""
-    lines = [prompt + result.text]
+    return f"{prompt}{result.text}\n{citations_as_text(result)}"
+
+
+def citations_as_text(result: GenerationResult) -> str:
+    """What each stretch of the text was conditioned on."""
+    lines = []
     for citation in result.citations:
         stretch = " ".join(result.text[citation.text_start : citation.text_end].split())
         lines.append(f'\n"{_shortened(stretch)}" was conditioned on')

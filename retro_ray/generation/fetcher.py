@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from retro_ray.generation.engine import GenerationEngine
 from retro_ray.generation.neighbours import ChunkQuery, RetrievedChunk
 
-MAX_QUERIES_PER_CALL = 64
-"""Long prompts that came together are retrieved one after another, so that a sequence that has only
-stopped for a moment need not wait for all of them."""
+MAX_QUERIES_PER_CALL = 32
+"""Unless one prompt has more: long prompts that came together are retrieved one after another, so
+that a sequence whose decoding has stopped need not wait for all of them."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,15 @@ class NeighbourFetcher:
         self._urgent: deque[Fetch] = deque()
         self._others: deque[Fetch] = deque()
         self._condition = threading.Condition()
+        self._was_urgent = False
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="retro-ray-neighbours", daemon=True)
         self._thread.start()
 
     def ask(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
-        """Retrieve for `fetches`; urgent ones first, because decoding has stopped for them."""
+        """Retrieve for `fetches`. Urgent are those for which decoding has stopped; they take turns
+        with the others.
+        """
         with self._condition:
             (self._urgent if urgent else self._others).extend(fetches)
             self._condition.notify()
@@ -69,12 +72,15 @@ class NeighbourFetcher:
         """What the next call retrieves for, at least one; nothing once closed."""
         with self._condition:
             self._condition.wait_for(lambda: self._urgent or self._others or self._is_closed)
-            taken: list[Fetch] = []
-            num_queries = 0
-            for waiting in () if self._is_closed else (self._urgent, self._others):
-                while waiting and (not taken or num_queries + len(waiting[0].queries) <= MAX_QUERIES_PER_CALL):
-                    taken.append(waiting.popleft())
-                    num_queries += len(taken[-1].queries)
+            if self._is_closed:
+                return []
+            self._was_urgent = bool(self._urgent) and not (self._was_urgent and self._others)
+            waiting = self._urgent if self._was_urgent else self._others
+            taken = [waiting.popleft()]
+            num_queries = len(taken[0].queries)
+            while waiting and num_queries + len(waiting[0].queries) <= MAX_QUERIES_PER_CALL:
+                taken.append(waiting.popleft())
+                num_queries += len(taken[-1].queries)
             return taken
 
     def _fetch(self, fetches: Sequence[Fetch]) -> None:

@@ -42,11 +42,11 @@ class ChunkQuery:
 
 @dataclass(frozen=True)
 class RetrievedChunk:
-    """A chunk of one sequence, with its row in the answer that was retrieved for it."""
+    """A chunk of one sequence and what was found for it."""
 
     query: ChunkQuery
     neighbours: NeighbourSet
-    row: int
+    """Of this one query."""
 
 
 def retrieve(search: ChunkSearch, queries: Sequence[ChunkQuery]) -> list[RetrievedChunk]:
@@ -63,8 +63,21 @@ def retrieve(search: ChunkSearch, queries: Sequence[ChunkQuery]) -> list[Retriev
         options: dict[str, Any] = {} if rerank is None else {"rerank": rerank}
         found = search.retrieve_chunks([queries[place].tokens for place in places], num_neighbours, **options)
         for row, place in enumerate(places):
-            retrieved[place] = RetrievedChunk(queries[place], found, row)
+            retrieved[place] = RetrievedChunk(queries[place], _row(found, row))
     return [retrieved[place] for place in range(len(queries))]
+
+
+def _row(found: NeighbourSet, row: int) -> NeighbourSet:
+    """The answer to one query; a copy, so that it does not keep the others' in memory."""
+    only = slice(row, row + 1)
+    return NeighbourSet(
+        distances=found.distances[only].copy(),
+        chunk_ids=found.chunk_ids[only].copy(),
+        tokens=found.tokens[only].copy(),
+        mask=found.mask[only].copy(),
+        documents=found.documents[only],
+        missing_shards=found.missing_shards,
+    )
 
 
 def neighbour_tensors(
@@ -85,8 +98,8 @@ def neighbour_tensors(
     for b, row in enumerate(retrieved):
         for u, answer in enumerate(row):
             k = answer.neighbours.tokens.shape[1]
-            tokens_BLKR[b, u, :k] = torch.tensor(answer.neighbours.tokens[answer.row])
-            mask_BLKR[b, u, :k] = torch.tensor(answer.neighbours.mask[answer.row])
+            tokens_BLKR[b, u, :k] = torch.tensor(answer.neighbours.tokens[0])
+            mask_BLKR[b, u, :k] = torch.tensor(answer.neighbours.mask[0])
     return tokens_BLKR.to(device), mask_BLKR.to(device)
 
 
@@ -94,21 +107,21 @@ def cited_neighbours(
     retrieved: RetrievedChunk, chunk_length: int, tokenizer: TextTokenizer
 ) -> tuple[CitedNeighbour, ...]:
     """What was found for a chunk, for people; places without a neighbour are left out."""
-    found, row = retrieved.neighbours, retrieved.row
+    found = retrieved.neighbours
     cited = []
-    for k, document in enumerate(found.documents[row]):
+    for k, document in enumerate(found.documents[0]):
         if document is None:
             continue
-        tokens, mask = found.tokens[row, k], found.mask[row, k]
+        tokens, mask = found.tokens[0, k], found.mask[0, k]
         here, after = slice(None, chunk_length), slice(chunk_length, None)
         text, continuation = tokenizer.decode_batch([tokens[part][mask[part]].tolist() for part in (here, after)])
         cited.append(
             CitedNeighbour(
-                chunk_id=int(found.chunk_ids[row, k]),
+                chunk_id=int(found.chunk_ids[0, k]),
                 document_id=document.id,
                 title=document.title,
                 source=document.source,
-                distance=float(found.distances[row, k]),
+                distance=float(found.distances[0, k]),
                 text=text,
                 continuation=continuation,
             )

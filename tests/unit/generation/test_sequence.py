@@ -46,7 +46,7 @@ def test_cited_stretches_cut_no_character_and_lose_none(tokenizer, text: str) ->
         if len(state.tokens) % M == 0:
             u = len(state.tokens) // M
             query = ChunkQuery(u, tuple(state.tokens[-M:]), 2, None)
-            state.retrieved.append(RetrievedChunk(query, search.retrieve_chunks([query.tokens], 2), 0))
+            state.retrieved.append(RetrievedChunk(query, search.retrieve_chunks([query.tokens], 2)))
         state.append(token)
     state.finish("length")
     citations = state.citations()
