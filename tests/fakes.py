@@ -11,17 +11,17 @@ import pyarrow as pa
 from retro_ray.config import ModelConfig, RunConfig, TrainingConfig
 from retro_ray.database.arrow_rows import fixed_size_lists, write_rows
 from retro_ray.database.format import (
-    DOCUMENTS_SCHEMA,
     IndexSpec,
     Manifest,
     Partition,
-    chunks_schema,
     database_directory,
     file_record,
     neighbours_schema,
+    token_type,
     write_manifest,
 )
 from retro_ray.database.keys import write_keys
+from retro_ray.database.segment_writer import SegmentWriter
 from retro_ray.database.store import Database
 from retro_ray.text.tokenizer import TextTokenizer, train_tokenizer
 
@@ -169,35 +169,24 @@ def _write_partition(
     chunk_length: int,
 ) -> Partition:
     folder = build / name
-    folder.mkdir()
-    schema = chunks_schema(chunk_length, tokenizer.vocab_size)
-    columns = {
-        "tokens": fixed_size_lists(chunks["tokens"], schema.field("tokens").type.value_type),
-        **{key: pa.array(chunks[key]) for key in ("length", "num_bytes", "document")},
-    }
-    num_chunks = write_rows(folder / "chunks.arrow", schema, [pa.table(columns)])
     per_document = np.bincount(chunks["document"], minlength=len(texts))
     documents = {
         "id": [f"{name}/{i}" for i in range(len(texts))],
         "title": [f"Document {i} of {name}" for i in range(len(texts))],
         "source": [f"{name}.txt"] * len(texts),
-        "first_row": np.cumsum(per_document) - per_document,
         "num_chunks": per_document,
         "num_bytes": [len(text.encode()) for text in texts],
     }
-    write_rows(folder / "documents.arrow", DOCUMENTS_SCHEMA, [pa.table(documents)])
-    keys = np.random.default_rng(abs(base)).standard_normal((num_chunks, KEY_DIM)).astype(np.float32)
+    columns = {
+        "tokens": fixed_size_lists(chunks["tokens"], token_type(tokenizer.vocab_size)),
+        "length": pa.array(chunks["length"]),
+        "num_bytes": pa.array(chunks["num_bytes"]),
+    }
+    with SegmentWriter(folder, chunk_length, tokenizer.vocab_size) as writer:
+        writer.add(pa.table(documents), [pa.table(columns)])
+    keys = np.random.default_rng(abs(base)).standard_normal((writer.num_chunks, KEY_DIM)).astype(np.float32)
     write_keys(folder / "keys.npy", [keys], *keys.shape)
-    return Partition(
-        name=name,
-        shard=-1 if base < 0 else int(name.removeprefix("shard-")),
-        chunk_id_base=base,
-        num_documents=len(texts),
-        num_chunks=num_chunks,
-        num_tokens=int(chunks["length"].sum()),
-        num_bytes=int(chunks["num_bytes"].sum()),
-        folder=f"{build.name}/{name}",
-    )
+    return writer.partition(name, base, -1 if base < 0 else int(name.removeprefix("shard-")))
 
 
 def _write_neighbours(

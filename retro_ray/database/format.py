@@ -5,8 +5,8 @@
       <build>/                   one folder per build, immutable once the manifest names it
         tokenizer/               tokenizer.json, tokenizer_meta.json
         codec.faiss              the trained, empty index that every segment's index was made from
-        shard-00000/             chunks.arrow  documents.arrow  keys.npy  index.faiss  neighbours.arrow
-        validation/              chunks.arrow  documents.arrow  keys.npy  neighbours.arrow
+        shard-00000/             chunks.arrow  documents.arrow  ids.npy  keys.npy  index.faiss  neighbours.arrow
+        validation/              chunks.arrow  documents.arrow  ids.npy  keys.npy  neighbours.arrow
         skipped.jsonl            what could not be read: file, line, reason
       edit-<generation>/         one folder per later edit: the segments it added, `deleted.arrow`
 
@@ -16,8 +16,8 @@ in their segments, listed in `deleted.arrow`, until the database is compacted.
 
 Rows of `chunks`, `keys` and `neighbours` of one partition (a segment, or the validation split) are
 aligned: row i is one chunk. `chunk_id` of a segment's row is `chunk_id_base + row`; rows of one
-document are consecutive; no chunk_id is ever given twice in one home. Chunks of the validation split
-have no chunk_id: they are in no database.
+document are consecutive; a build numbers its chunks from 0, and no edit after it gives a chunk_id a
+second time. Chunks of the validation split have no chunk_id: they are in no database.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,8 @@ class Partition:
     """Folder of the partition's files."""
     neighbours_generation: int = 0
     """Generation of the database in which its stored neighbours were searched."""
+    neighbours_folder: str | None = None
+    """Folder of the stored neighbours, where they were searched again after the rest was written."""
 
     @property
     def chunks(self) -> str:
@@ -124,12 +127,16 @@ class Partition:
         return f"{self.folder}/documents.arrow"
 
     @property
+    def ids(self) -> str:
+        return f"{self.folder}/ids.npy"
+
+    @property
     def keys(self) -> str:
         return f"{self.folder}/keys.npy"
 
     @property
     def neighbours(self) -> str:
-        return f"{self.folder}/{NEIGHBOURS_NAME}"
+        return f"{self.neighbours_folder or self.folder}/{NEIGHBOURS_NAME}"
 
     @property
     def index(self) -> str:
@@ -149,6 +156,10 @@ class IndexSpec:
     @property
     def is_exact(self) -> bool:
         return self.factory == "Flat"
+
+    def num_candidates(self, k: int) -> int:
+        """How many rows, nearest by their codes, have their distances computed for `k` neighbours."""
+        return max(k, math.ceil(self.refine_factor * k))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +189,11 @@ class Manifest:
     """chunk_id_base of the next segment; above every chunk_id ever given."""
     deleted: str | None = None
     """File that lists the deleted documents (DELETED_SCHEMA), if there are any."""
+    num_deleted_documents: int = 0
+    """Documents of the segments that are deleted; the next three are what they held."""
+    num_deleted_chunks: int = 0
+    num_deleted_tokens: int = 0
+    num_deleted_bytes: int = 0
     codec: str | None = None
     """File of the trained, empty index from which added segments get theirs; None for an exact index."""
     files: dict[str, FileRecord]
@@ -203,7 +219,7 @@ class Manifest:
             record["sha256"] for path, record in content["files"].items() if not path.endswith(NEIGHBOURS_NAME)
         )
         # Where a segment lies, and when its neighbours were searched, is not what it holds.
-        placeless = {"folder": "", "neighbours_generation": 0}
+        placeless = {"folder": "", "neighbours_generation": 0, "neighbours_folder": None}
         content["segments"] = [{**segment, **placeless} for segment in content["segments"]]
         if content["validation"] is not None:
             content["validation"] = {**content["validation"], **placeless}
@@ -218,6 +234,15 @@ class Manifest:
     def num_documents(self) -> int:
         """Of all segments, deleted ones among them."""
         return sum(segment.num_documents for segment in self.segments)
+
+    @property
+    def num_live_chunks(self) -> int:
+        """Of all segments, but for deleted documents: what can be found."""
+        return self.num_chunks - self.num_deleted_chunks
+
+    @property
+    def num_live_documents(self) -> int:
+        return self.num_documents - self.num_deleted_documents
 
     def segments_of(self, shard: int) -> tuple[Partition, ...]:
         """The segments that one shard serves; none where the shard is empty."""

@@ -10,6 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from retro_ray.database.arrow_rows import ArrowRows
+from retro_ray.database.deleted import DeletedDocuments
+from retro_ray.database.document_index import DocumentIndex
 from retro_ray.database.format import Manifest, Partition, database_directory, file_problem, read_manifest
 from retro_ray.database.keys import read_keys
 from retro_ray.errors import DatabaseError
@@ -77,6 +79,21 @@ class ChunkStore:
     def neighbours(self) -> ArrowRows:
         """Columns `chunk_ids` int64 and `distances` float32: [num_chunks, num_neighbours]."""
         return ArrowRows(self._directory / self.partition.neighbours)
+
+    @cached_property
+    def _document_index(self) -> DocumentIndex:
+        return DocumentIndex(self._directory / self.partition.ids)
+
+    def find_document(self, document_id: str) -> int:
+        """The row of the document with this id; -1 where there is none."""
+        for document in self._document_index.rows(document_id):
+            if self.document_ref(document).id == document_id:
+                return document
+        return -1
+
+    def map_files(self) -> None:
+        """Open the documents and the stored neighbours, which are otherwise opened when they are first asked for."""
+        _ = self._documents, self.neighbours
 
     def document_ref(self, document: int) -> DocumentRef:
         row = self._documents.slice(document, 1).to_pylist()[0]
@@ -161,6 +178,11 @@ class Database:
                     f"{self.directory / path} {problem}: restore it, or rebuild the database with jobs/index.py"
                 )
 
+    def map_files(self) -> None:
+        """Open all that is read of chunks, documents and neighbours: then later edits may unlink the files."""
+        for store in (*self.segments, *([self.validation] if self.validation else [])):
+            store.map_files()
+
     @property
     def chunk_length(self) -> int:
         return self.manifest.chunk_length
@@ -184,6 +206,64 @@ class Database:
         """int64 [num_segments], ascending: chunk_id of each segment's first row."""
         return np.array([segment.chunk_id_base for segment in self.manifest.segments], dtype=np.int64)
 
+    @cached_property
+    def _segment_sizes(self) -> np.ndarray:
+        """int64 [num_segments]: chunks of each segment."""
+        return np.array([segment.num_chunks for segment in self.manifest.segments], dtype=np.int64)
+
+    @cached_property
+    def deleted(self) -> DeletedDocuments:
+        """Documents that are in a segment, but no longer in the database."""
+        if self.manifest.deleted is None:
+            return DeletedDocuments.none()
+        return DeletedDocuments.read(self.directory / self.manifest.deleted)
+
+    def find_document(self, document_id: str) -> tuple[ChunkStore, int] | None:
+        """Segment and row of the document with this id; None where the database has none, or no longer."""
+        for store in reversed(self.segments):
+            document = store.find_document(document_id)
+            if document >= 0 and not self.is_deleted(store.chunk_id_base + store.document_first_row[document]):
+                return store, document
+        return None
+
+    def is_deleted(self, chunk_ids: np.ndarray) -> np.ndarray:
+        """bool, of the shape of `chunk_ids` (int64): True for chunks of deleted documents."""
+        return self.deleted.contain(chunk_ids)
+
+    def locate(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Segment and row of chunks: int64, of the shape of `chunk_ids`.
+
+        Both are -1 for what is not in the database: -1, chunks of deleted documents, and chunk_ids
+        of before it was compacted.
+        """
+        chunk_ids = np.asarray(chunk_ids, np.int64)
+        if not self.manifest.segments:
+            return np.full(chunk_ids.shape, -1), np.full(chunk_ids.shape, -1)
+        segment = np.searchsorted(self.chunk_id_bases, chunk_ids, side="right") - 1
+        row = chunk_ids - self.chunk_id_bases[segment]
+        present = (segment >= 0) & (row < self._segment_sizes[segment]) & ~self.is_deleted(chunk_ids)
+        return np.where(present, segment, -1), np.where(present, row, -1)
+
+    def without_deleted(self, chunk_ids: np.ndarray) -> np.ndarray:
+        """Neighbours without those that are deleted: the next ones move up, -1 follows.
+
+        Args:
+            chunk_ids: int64 [n, K], nearest first, -1 where there is none.
+        """
+        if not len(self.deleted):
+            return chunk_ids
+        left = np.where(self.is_deleted(chunk_ids), -1, chunk_ids)
+        return np.take_along_axis(left, np.argsort(left < 0, axis=1, kind="stable"), axis=1)
+
+    @cached_property
+    def live_runs(self) -> np.ndarray:
+        """int64 [n, 2], ascending: first and last chunk_id of every unbroken run of live chunks."""
+        sizes, deleted = self._segment_sizes, self.deleted.ranges
+        # A run starts with a segment or behind a deleted document, and ends with a segment or before one.
+        first = np.sort(np.concatenate([self.chunk_id_bases, deleted[:, 1] + 1]))
+        last = np.sort(np.concatenate([self.chunk_id_bases + sizes - 1, deleted[:, 0] - 1]))
+        return np.stack([first, last], axis=1)[first <= last]
+
     def neighbour_tokens(self, chunk_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[N, F] of chunks of any segment.
 
@@ -191,15 +271,14 @@ class Database:
             chunk_ids: int64 of any shape; -1 where there is no neighbour.
 
         Returns:
-            tokens int64 [..., 2m] and mask bool [..., 2m].
+            tokens int64 [..., 2m] and mask bool [..., 2m]. Nothing is shown of a deleted document.
         """
         flat = np.asarray(chunk_ids, dtype=np.int64).reshape(-1)
         width = 2 * self.chunk_length
         tokens, mask = np.zeros((len(flat), width), np.int64), np.zeros((len(flat), width), bool)
-        segment_of = np.where(flat < 0, -1, np.searchsorted(self.chunk_id_bases, flat, side="right") - 1)
+        segment_of, row_of = self.locate(flat)
         for segment in np.unique(segment_of[segment_of >= 0]):
             chosen = np.flatnonzero(segment_of == segment)
-            rows = flat[chosen] - self.chunk_id_bases[segment]
-            tokens[chosen], mask[chosen] = self.segments[segment].neighbour_tokens(rows)
+            tokens[chosen], mask[chosen] = self.segments[segment].neighbour_tokens(row_of[chosen])
         shape = (*np.shape(chunk_ids), width)
         return tokens.reshape(shape), mask.reshape(shape)

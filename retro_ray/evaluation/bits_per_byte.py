@@ -230,18 +230,20 @@ def _score_windows(
 
 
 def _random_neighbours(table: ChunkTable, database: Database, count: int, seed: int) -> NeighbourSource:
-    """Chunks drawn from the whole database, the same ones for a chunk whatever else is scored."""
-    sizes = np.array([segment.num_chunks for segment in database.segments], np.int64)
-    ends = np.cumsum(sizes)
+    """Live chunks drawn from the whole database, the same ones for a chunk whatever else is scored."""
+    first, last = database.live_runs.T
+    ends = np.cumsum(last - first + 1)
 
     def draw(chunks: np.ndarray) -> np.ndarray:
-        ids = np.empty((len(chunks), count), np.int64)
+        ids = np.full((len(chunks), count), -1, np.int64)
+        if not len(ends):
+            return ids  # all documents are deleted
         document_of = table.document_of(chunks)
         for document in np.unique(document_of):
             shape = (int(table.document_num_chunks[document]), count)
             number = np.random.default_rng([seed, int(document)]).integers(0, ends[-1], size=shape)
-            shard = np.searchsorted(ends, number, side="right")
-            drawn = database.chunk_id_bases[shard] + number - (ends - sizes)[shard]
+            run = np.searchsorted(ends, number, side="right")
+            drawn = last[run] + 1 - (ends[run] - number)
             mine = np.flatnonzero(document_of == document)
             ids[mine] = drawn[chunks[mine] - table.document_first[document]]
         return ids

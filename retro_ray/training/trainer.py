@@ -80,7 +80,7 @@ class Trainer:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
         self._say = say if self._rank == 0 else lambda line: None
-        self._database = Database.open(job.home)
+        self._database = self._open_database()
         self._batches = self._training_batches()
         torch.manual_seed(config.seed)
         self._model = RetroModel(job.config.model).to(device)
@@ -163,9 +163,23 @@ class Trainer:
         nats, num_tokens, num_bytes = sums.tolist()
         return BitsPerByte(nats, int(num_tokens), int(num_bytes))
 
+    def _open_database(self) -> Database:
+        """The database, of one generation on all workers, though it may be edited while they start."""
+        while True:
+            database = Database.open(self._job.home)
+            database.map_files()
+            if self._world_size == 1:
+                return database
+            generation = database.manifest.generation
+            bounds = torch.tensor([generation, -generation], device=self._device)
+            dist.all_reduce(bounds, dist.ReduceOp.MAX)
+            newest, oldest = bounds.tolist()
+            if newest == -oldest:
+                return database
+
     def _training_batches(self) -> TrainingBatches:
         model, config = self._job.config.model, self._config
-        table = ChunkTable(self._database.segments)
+        table = ChunkTable(self._database.segments, self._database.deleted)
         num_neighbours = model.num_neighbours if model.cca_layers else 0
         reader = WindowReader(
             table,
@@ -224,5 +238,5 @@ class Trainer:
         return (
             f"training {weights / 1e6:.1f} M weights on {self._world_size} x {self._device.type} in {precision}: "
             f"{self._config.num_steps} steps of {self._config.batch_size} x {self._job.config.model.context_length} "
-            f"tokens, {epochs:.2f} epochs of {self._database.manifest.num_chunks} chunks"
+            f"tokens, {epochs:.2f} epochs of {self._database.manifest.num_live_chunks} chunks"
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from retro_ray.database.deleted import DeletedDocuments
 from retro_ray.database.format import Manifest
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.errors import ConfigError
@@ -62,19 +63,26 @@ class ChunkTable:
     """The chunks of some partitions under one numbering: 0.., partition after partition.
 
     Rows of one document are consecutive. Whole documents are looked up by binary search in arrays
-    of one number per document.
+    of one number per document. Deleted documents keep their numbers, and are in none of the arrays.
     """
 
-    def __init__(self, stores: tuple[ChunkStore, ...]) -> None:
+    def __init__(self, stores: tuple[ChunkStore, ...], deleted: DeletedDocuments | None = None) -> None:
+        """`deleted` is left out; the validation split has nothing deleted."""
         self._stores = stores
         self._first_of_store = np.cumsum([0, *(store.num_chunks for store in stores)])[:-1]
-        self.num_chunks = sum(store.num_chunks for store in stores)
-        firsts = [store.document_first_row + first for store, first in zip(stores, self._first_of_store, strict=True)]
-        self.document_first = np.concatenate([np.empty(0, np.int64), *firsts])
+        firsts, counts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for store, first in zip(stores, self._first_of_store, strict=True):
+            rows, num_chunks = store.document_first_row, store.document_num_chunks
+            if deleted:
+                live = ~deleted.contain(store.chunk_id_base + rows)
+                rows, num_chunks = rows[live], num_chunks[live]
+            firsts.append(rows + first)
+            counts.append(num_chunks)
+        self.document_first = np.concatenate(firsts)
         """int64 [num_documents], ascending: the first chunk of each document."""
-        counts = [np.empty(0, np.int64), *(store.document_num_chunks for store in stores)]
         self.document_num_chunks = np.concatenate(counts)
         """int64 [num_documents]."""
+        self.num_chunks = int(self.document_num_chunks.sum())
 
     def tokens(self, chunks: np.ndarray) -> np.ndarray:
         return self._gather(chunks, ChunkStore.tokens)
@@ -129,7 +137,7 @@ def require_stored_neighbours(manifest: Manifest, num_neighbours: int) -> None:
 
 
 def stored_neighbours(table: ChunkTable, database: Database, num_neighbours: int) -> NeighbourSource | None:
-    """The first `num_neighbours` of the neighbours stored with the chunks; None for 0.
+    """The first `num_neighbours` of the neighbours stored with the chunks that are not deleted; None for 0.
 
     Raises:
         ConfigError: the database stores fewer neighbours per chunk.
@@ -137,7 +145,7 @@ def stored_neighbours(table: ChunkTable, database: Database, num_neighbours: int
     require_stored_neighbours(database.manifest, num_neighbours)
     if num_neighbours == 0:
         return None
-    return lambda chunks: table.stored_neighbours(chunks)[:, :num_neighbours]
+    return lambda chunks: database.without_deleted(table.stored_neighbours(chunks))[:, :num_neighbours]
 
 
 class WindowReader:
