@@ -185,6 +185,8 @@ class Manifest:
     validation: Partition | None
     generation: int = 0
     """Counts the commits of a home: every build and every edit has a higher one than the last."""
+    built_generation: int = 0
+    """Generation that its build was committed as; a higher `generation` is that of an edit since."""
     next_chunk_id: int = 0
     """chunk_id_base of the next segment; above every chunk_id ever given."""
     deleted: str | None = None
@@ -213,7 +215,7 @@ class Manifest:
         actors that already bear the version's name.
         """
         content = self.to_dict()
-        for volatile in ("stage_seconds", "created", "build", "settings", "generation", "codec", "deleted"):
+        for volatile in ("stage_seconds", "created", "build", "settings", "generation", "built_generation", "codec", "deleted"):
             content.pop(volatile)
         content["files"] = sorted(
             record["sha256"] for path, record in content["files"].items() if not path.endswith(NEIGHBOURS_NAME)
@@ -234,6 +236,11 @@ class Manifest:
     def num_documents(self) -> int:
         """Of all segments, deleted ones among them."""
         return sum(segment.num_documents for segment in self.segments)
+
+    @property
+    def num_edits(self) -> int:
+        """Edits since the database was built."""
+        return self.generation - self.built_generation
 
     @property
     def num_live_chunks(self) -> int:
@@ -280,13 +287,13 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(sha256=digest, size_bytes=path.stat().st_size)
 
 
-def file_problem(path: Path, record: FileRecord) -> str | None:
-    """What is wrong with a file; None where it is as recorded."""
+def file_problem(path: Path, record: FileRecord, *, sizes_only: bool = False) -> str | None:
+    """What is wrong with a file; None where it is as recorded, or at least of that size."""
     if not path.exists():
         return "is missing"
     if (size_bytes := path.stat().st_size) != record.size_bytes:
         return f"has {size_bytes} bytes, the manifest says {record.size_bytes}"
-    if (sha256 := file_record(path).sha256) != record.sha256:
+    if not sizes_only and (sha256 := file_record(path).sha256) != record.sha256:
         return f"has SHA-256 {sha256[:16]}..., the manifest says {record.sha256[:16]}..."
     return None
 

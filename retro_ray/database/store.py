@@ -99,6 +99,11 @@ class ChunkStore:
         row = self._documents.slice(document, 1).to_pylist()[0]
         return DocumentRef(id=row["id"], title=row["title"], source=row["source"])
 
+    def document_refs(self, documents: np.ndarray) -> list[DocumentRef]:
+        """`document_ref` of each of many."""
+        taken = self._documents.select(["id", "title", "source"]).take(pa.array(documents))
+        return [DocumentRef(*values) for values in zip(*(column.to_pylist() for column in taken), strict=True)]
+
     def tokens(self, rows: np.ndarray) -> np.ndarray:
         """int64 [n, m]: padded token ids of the chunks at `rows`."""
         return self._rows.gather("tokens", rows).astype(np.int64)
@@ -165,14 +170,14 @@ class Database:
         directory = database_directory(Path(home))
         return cls(directory, read_manifest(directory))
 
-    def check_files(self, *paths: str) -> None:
-        """Compare files with what the manifest says of them; reads them whole.
+    def check_files(self, *paths: str, sizes_only: bool = False) -> None:
+        """Compare files with what the manifest says of them; reads them whole, or looks at their sizes only.
 
         Raises:
             DatabaseError: one is missing or differs.
         """
         for path in paths:
-            problem = file_problem(self.directory / path, self.manifest.files[path])
+            problem = file_problem(self.directory / path, self.manifest.files[path], sizes_only=sizes_only)
             if problem is not None:
                 raise DatabaseError(
                     f"{self.directory / path} {problem}: restore it, or rebuild the database with jobs/index.py"
