@@ -104,24 +104,23 @@ def neighbour_tensors(
 
 
 def cited_neighbours(
-    retrieved: RetrievedChunk, chunk_length: int, tokenizer: TextTokenizer
+    found: NeighbourSet, row: int, chunk_length: int, tokenizer: TextTokenizer
 ) -> tuple[CitedNeighbour, ...]:
-    """What was found for a chunk, for people; places without a neighbour are left out."""
-    found = retrieved.neighbours
+    """What was found for query number `row`, for people; places without a neighbour are left out."""
     cited = []
-    for k, document in enumerate(found.documents[0]):
+    for k, document in enumerate(found.documents[row]):
         if document is None:
             continue
-        tokens, mask = found.tokens[0, k], found.mask[0, k]
+        tokens, mask = found.tokens[row, k], found.mask[row, k]
         here, after = slice(None, chunk_length), slice(chunk_length, None)
         text, continuation = tokenizer.decode_batch([tokens[part][mask[part]].tolist() for part in (here, after)])
         cited.append(
             CitedNeighbour(
-                chunk_id=int(found.chunk_ids[0, k]),
+                chunk_id=int(found.chunk_ids[row, k]),
                 document_id=document.id,
                 title=document.title,
                 source=document.source,
-                distance=float(found.distances[0, k]),
+                distance=float(found.distances[row, k]),
                 text=text,
                 continuation=continuation,
             )

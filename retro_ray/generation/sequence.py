@@ -206,7 +206,7 @@ class SequenceState:
             last_token=None if end is None else end - 1,
             text_start=text_start or 0,
             text_end=text_end,
-            neighbours=cited_neighbours(retrieved, self._chunk_length, self._tokenizer),
+            neighbours=cited_neighbours(retrieved.neighbours, 0, self._chunk_length, self._tokenizer),
             missing_shards=retrieved.neighbours.missing_shards,
         )
 

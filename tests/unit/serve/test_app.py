@@ -6,12 +6,14 @@ from pathlib import Path
 import click
 import pytest
 import torch
-from ray.serve import Application
+from ray.serve import Application, Deployment
 
 from retro_ray.config import ModelConfig, RunConfig
 from retro_ray.database.store import Database
 from retro_ray.model.retro import RetroModel
 from retro_ray.serve import app
+from retro_ray.serve.keys import KEYS_VARIABLE, parse_keys
+from retro_ray.serve.settings import ServeSettings
 from retro_ray.training.checkpoint import CheckpointMeta, save_checkpoint
 from retro_ray.training.run_folder import run_directory
 from tests.fakes import write_tiny_database
@@ -65,29 +67,66 @@ def test_a_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"hoem": "x"}, "unknown argument hoem; there are home, run, num_replicas, num_cpus"),
+        ({"hoem": "x"}, "unknown argument hoem; there are home, run, num_replicas, autoscaling_config"),
         ({"num_replicas": "0"}, "num_replicas=0: Input should be greater than or equal to 1"),
         ({"max_batch_size": "many"}, "max_batch_size=many: Input should be a valid integer"),
+        ({"autoscaling_config": "{"}, "autoscaling_config={: Value error, not valid JSON"),
+        ({"autoscaling_config": '{"max_replicas": 0}'}, "max_replicas=0: Input should be greater than 0"),
+        (
+            {"autoscaling_config": '{"min_replicas": 3, "max_replicas": 2}'},
+            "AutoscalingConfig: Value error, max_replicas",
+        ),
+        ({"api_keys_file": "/nowhere/keys"}, "the API keys in /nowhere/keys cannot be read"),
     ],
 )
 def test_a_wrong_argument_is_named(arguments: dict[str, str], message: str) -> None:
     assert refusal(arguments).startswith(message)
 
 
-def test_text_arguments_become_an_application(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_tiny_database(tmp_path)
-    write_checkpoint(tmp_path, run="mine")
+def built_with(home: Path, monkeypatch: pytest.MonkeyPatch, **arguments: str) -> Deployment:
     monkeypatch.setattr(app_module, "_start_ray_if_none_runs", lambda: None)
-    built = app({"home": str(tmp_path), "run": "mine", "num_replicas": "2", "num_cpus": "0.5"})
-    assert isinstance(built, Application)
-    deployment = built._bound_deployment
+    application = app({"home": str(home), **arguments})
+    assert isinstance(application, Application)
+    return application._bound_deployment
+
+
+@pytest.fixture
+def trained_home(tmp_path: Path) -> Path:
+    write_tiny_database(tmp_path)
+    write_checkpoint(tmp_path)
+    return tmp_path
+
+
+def test_text_arguments_become_an_application(trained_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(trained_home, run="mine")
+    arguments = {"run": "mine", "num_replicas": "2", "num_cpus": "0.5", "max_queued": "10", "drain_s": "7"}
+    deployment = built_with(trained_home, monkeypatch, **arguments)
     assert deployment.num_replicas == 2
     assert deployment.ray_actor_options == {"num_cpus": 0.5, "num_gpus": 0.0}
-    assert deployment.init_args == (app_module.ServeSettings(home=tmp_path, run="mine", num_replicas=2, num_cpus=0.5),)
+    assert deployment.max_queued_requests == 10
+    assert deployment.backpressure_config.retry_after_s == 1
+    assert deployment._deployment_config.graceful_shutdown_timeout_s > 7  # the replica ends its requests itself
+    settings = ServeSettings(home=trained_home, run="mine", num_replicas=2, num_cpus=0.5, max_queued=10, drain_s=7)
+    assert deployment.init_args == (settings, ())
+
+
+def test_autoscaling_is_serves_own(trained_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = '{"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 6}'
+    deployment = built_with(trained_home, monkeypatch, autoscaling_config=text)
+    scaling = deployment._deployment_config.autoscaling_config
+    assert (scaling.min_replicas, scaling.max_replicas, scaling.target_ongoing_requests) == (1, 4, 6)
+
+
+def test_keys_reach_the_replicas_as_digests_alone(trained_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "k" * 40
+    monkeypatch.setenv(KEYS_VARIABLE, f"{key} generate,edit")
+    deployment = built_with(trained_home, monkeypatch)
+    assert deployment.init_args[1] == parse_keys(f"{key} generate,edit", "")
+    assert key not in repr(deployment.init_args)
 
 
 def test_the_home_is_made_absolute_for_replicas_that_run_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    assert app_module.ServeSettings(home="~/data").home == Path("/home/someone/data")
+    assert ServeSettings(home="~/data").home == Path("/home/someone/data")
     monkeypatch.setenv("RETRO_RAY_HOME", "/data/mine")
-    assert app_module.ServeSettings().home == Path("/data/mine")
+    assert ServeSettings().home == Path("/data/mine")

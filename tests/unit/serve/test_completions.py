@@ -1,82 +1,13 @@
 import json
-from collections.abc import Callable
 
 import pytest
 from fastapi.testclient import TestClient
 
-from retro_ray.errors import PromptError, RetrievalError
-from retro_ray.generation.request import Citation, CitedNeighbour, GenerationRequest, GenerationResult
+from retro_ray.errors import DeadlineError, OverloadedError, RetrievalError
+from retro_ray.generation.request import GenerationRequest
 from retro_ray.generation.sampling import SamplingConfig
-from retro_ray.serve.api import MAX_BODY_BYTES, MAX_CHOICES, MAX_PROMPT_CHARACTERS, Health, build_api
-
-CITATION = Citation(
-    chunk=1,
-    query="what was asked",
-    first_token=8,
-    last_token=9,
-    text_start=0,
-    text_end=4,
-    neighbours=(
-        CitedNeighbour(
-            chunk_id=7, document_id="d", title="t", source="s", distance=0.5, text="here", continuation="after"
-        ),
-    ),
-    missing_shards=(3,),
-)
-
-
-class EchoService:
-    """Answers `PROMPT/SEED`, and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.requests: list[GenerationRequest] = []
-        self.error: Exception | None = None
-
-    def health(self) -> Health:
-        return Health(model="tiny", checkpoint_step=12, database_version="0123456789abcdef")
-
-    def check_request(self, request: GenerationRequest) -> None:
-        if request.max_tokens > 100:
-            raise PromptError(f"max_tokens {request.max_tokens} is over the limit of 100")
-
-    async def generate(self, request: GenerationRequest) -> GenerationResult:
-        if self.error is not None:
-            raise self.error
-        self.requests.append(request)
-        return GenerationResult(
-            text=f"{request.prompt}/{request.sampling.seed}",
-            token_ids=(1, 2, 3),
-            finish_reason="length",
-            citations=(CITATION,) if request.retrieval else (),
-            num_prompt_tokens=len(request.prompt) + 1,
-        )
-
-
-@pytest.fixture
-def service() -> EchoService:
-    return EchoService()
-
-
-@pytest.fixture
-def client(service: EchoService) -> TestClient:
-    return TestClient(build_api(service), raise_server_exceptions=False)
-
-
-@pytest.fixture
-def refused(client: TestClient, service: EchoService) -> Callable[..., dict]:
-    """Posts a body that must be refused with 400 before anything is generated; returns the error."""
-
-    def post(**body) -> dict:
-        response = client.post("/v1/completions", json=body)
-        assert response.status_code == 400, response.text
-        assert service.requests == []
-        error = response.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        assert error["type"] == "invalid_request_error"
-        assert "\n" not in error["message"]
-        return error
-
-    return post
+from retro_ray.serve.limits import MAX_BODY_BYTES, MAX_CHOICES, MAX_PROMPT_CHARACTERS, MAX_PROMPT_TOKENS
+from tests.unit.serve.fakes import EchoService
 
 
 def test_a_completion_has_openais_form_and_citations(client: TestClient) -> None:
@@ -128,19 +59,27 @@ def test_every_setting_reaches_the_engine(client: TestClient, service: EchoServi
         "top_p": 0.9,
         "top_k": 4,
         "min_p": 0.1,
+        "repetition_penalty": 1.5,
         "seed": 3,
         "stop": "x",
-        "retrieval": {"enabled": False, "num_neighbours": 5},
+        "logprobs": 2,
+        "echo": True,
+        "deadline_s": 20,
+        "retrieval": {"enabled": False, "num_neighbours": 5, "rerank": "overlap"},
     }
     assert client.post("/v1/completions", json=body).status_code == 200
     assert service.requests == [
         GenerationRequest(
             prompt="p",
             max_tokens=9,
-            sampling=SamplingConfig(temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, seed=3),
+            sampling=SamplingConfig(temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, repetition_penalty=1.5, seed=3),
             stop=("x",),
+            logprobs=2,
+            echo=True,
             retrieval=False,
             num_neighbours=5,
+            rerank="overlap",
+            deadline_s=20,
         )
     ]
 
@@ -149,7 +88,7 @@ def test_defaults_are_openais(client: TestClient, service: EchoService) -> None:
     nothing_asked = {"stop": None, "seed": None, "stream": False, "logprobs": None, "echo": False, "best_of": 1}
     for extra in ({}, nothing_asked):
         assert client.post("/v1/completions", json={"prompt": "", **extra}).status_code == 200
-    default = GenerationRequest(prompt="", max_tokens=16, sampling=SamplingConfig(), retrieval=True)
+    default = GenerationRequest(prompt="", max_tokens=16, sampling=SamplingConfig(), retrieval=True, deadline_s=600)
     assert service.requests == [default, default]
 
 
@@ -168,15 +107,11 @@ def test_choices_of_several_prompts_are_in_order_and_differently_seeded(client: 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("stream", True),
-        ("logprobs", 1),
-        ("echo", True),
         ("suffix", "x"),
         ("best_of", 2),
         ("frequency_penalty", 0.5),
         ("presence_penalty", -0.5),
         ("logit_bias", {"50256": -100}),
-        ("stream_options", {"include_usage": True}),
         ("user", "someone"),
     ],
 )
@@ -198,11 +133,15 @@ def test_unknown_fields_are_refused_by_name(refused) -> None:
     [
         ("prompt", 3),
         ("prompt", []),
-        ("prompt", [1, 2, 3]),
+        ("prompt", [1, "a"]),
+        ("prompt", [[]]),
+        ("prompt", [-1]),
+        ("prompt", [True]),
+        ("prompt", [0] * (MAX_PROMPT_TOKENS + 1)),
         ("prompt", "x" * (MAX_PROMPT_CHARACTERS + 1)),
         ("prompt", ["x"] * (MAX_CHOICES + 1)),
         ("prompt", None),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("max_tokens", "5"),
         ("max_tokens", 1.5),
         ("temperature", -1),
@@ -216,6 +155,12 @@ def test_unknown_fields_are_refused_by_name(refused) -> None:
         ("seed", -1),
         ("top_k", -1),
         ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("logprobs", 6),
+        ("logprobs", True),
+        ("echo", 1),
+        ("stream", "yes"),
+        ("deadline_s", 0),
         ("retrieval", False),
     ],
 )
@@ -279,34 +224,76 @@ def test_another_models_name_is_refused(client: TestClient) -> None:
     assert response.json()["error"]["message"] == "model 'gpt-4' is not served here; use 'tiny', or leave it out"
 
 
-def test_failures_of_generation_have_their_status(client: TestClient, service: EchoService) -> None:
-    service.error = RetrievalError("shard 1 did not answer in 2.0 s; raise timeout_s")
-    response = client.post("/v1/completions", json={"prompt": "a"})
-    assert response.status_code == 503
-    assert response.json()["error"] == {
-        "message": "shard 1 did not answer in 2.0 s; raise timeout_s",
-        "type": "server_error",
-        "param": None,
-        "code": "retrieval_failed",
-    }
+@pytest.mark.parametrize(
+    ("error", "status", "code", "headers"),
+    [
+        (RetrievalError("shard 1 did not answer in 2.0 s"), 503, "retrieval_failed", {}),
+        (OverloadedError("64 requests wait already", retry_after_s=2.3), 503, "overloaded", {"retry-after": "3"}),
+        (DeadlineError("deadline_s = 5 passed"), 504, "deadline_exceeded", {"x-should-retry": "false"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_failures_of_generation_have_their_status(
+    client: TestClient, service: EchoService, stream: bool, error, status: int, code: str, headers: dict
+) -> None:
+    service.error = error
+    response = client.post("/v1/completions", json={"prompt": "a", "stream": stream})
+    assert response.status_code == status
+    assert response.json()["error"] == {"message": str(error), "type": "server_error", "param": None, "code": code}
+    assert headers.items() <= dict(response.headers).items()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_nobody_foresaw_tells_the_client_no_more_than_its_kind(
+    client: TestClient, service: EchoService, stream: bool
+) -> None:
     service.error = KeyError("secret")
-    response = client.post("/v1/completions", json={"prompt": "a"})
+    response = client.post("/v1/completions", json={"prompt": "a", "stream": stream})
     assert response.status_code == 500
     assert "secret" not in response.text
-    assert response.json()["error"]["type"] == "server_error"
+    assert response.json()["error"]["message"] == "internal error (KeyError); the service's log has the cause"
 
 
-def test_health_and_models(client: TestClient) -> None:
-    assert client.get("/healthz").json() == {
-        "status": "ok",
-        "model": "tiny",
-        "checkpoint_step": 12,
-        "database_version": "0123456789abcdef",
+def test_one_failing_choice_fails_the_request_and_leaves_none_running(client: TestClient, service: EchoService) -> None:
+    service.never_ends = True
+    service.late_error = RetrievalError("gone")
+    response = client.post("/v1/completions", json={"prompt": ["a", "b", "c"]})
+    assert response.status_code == 503
+    assert service.num_open == 0
+
+
+def test_tokens_are_prompts_too(client: TestClient, service: EchoService) -> None:
+    for prompt, expected in (([5, 6], [(5, 6)]), ([[5], [6, 7]], [(5,), (6, 7)])):
+        service.requests.clear()
+        assert client.post("/v1/completions", json={"prompt": prompt}).status_code == 200
+        assert [request.prompt_tokens for request in service.requests] == expected
+        assert {request.prompt for request in service.requests} == {""}
+
+
+def test_log_probabilities_have_openais_form(client: TestClient) -> None:
+    def logprobs(num_top: int) -> dict:
+        answer = client.post("/v1/completions", json={"prompt": "a", "logprobs": num_top}).json()
+        return answer["choices"][0]["logprobs"]
+
+    assert logprobs(3) == {
+        "tokens": ["an", "swer"],
+        "token_logprobs": [None, -0.5],
+        # Of tokens that look alike the likeliest; and the chosen one, if it is not among the likeliest.
+        "top_logprobs": [None, {"a": -0.5, "\ufffd": -1.0, "swer": -0.5}],
+        "text_offset": [0, 2],
     }
-    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["tiny"]
+    assert logprobs(0)["top_logprobs"] is None
+
+
+def test_what_does_not_go_together_is_refused(refused) -> None:
+    assert "together with echo" in refused(prompt="a", max_tokens=0)["message"]
+    assert "without stream" in refused(prompt="a", stream_options={"include_usage": True})["message"]
+    assert refused(prompt="a", deadline_s=601)["message"] == "deadline_s is 601; this service allows at most 600"
 
 
 def test_unknown_routes_and_methods_answer_in_openais_form(client: TestClient) -> None:
     assert client.get("/v1/chat/completions").json()["error"]["message"] == "Not Found"
+    assert client.get("/../../etc/passwd").status_code == 404
+    assert client.get("/playground/..%2fapp.py").status_code == 404
     assert client.get("/v1/completions").status_code == 405
     assert "error" in client.get("/v1/completions").json()
