@@ -20,33 +20,31 @@ that a sequence whose decoding has stopped need not wait for all of them."""
 class Fetch:
     """Chunks of one sequence whose neighbours are wanted."""
 
-    engine: GenerationEngine
     owner: object
     """Whose they are; the fetcher does not look at it."""
     queries: tuple[ChunkQuery, ...]
 
 
-Deliver = Callable[[Fetch, list[RetrievedChunk] | Exception], None]
+Outcome = tuple[Fetch, list[RetrievedChunk] | Exception]
 
 
 class NeighbourFetcher:
     """Retrieves for many sequences, those that wait at the same time in one call.
 
     Args:
-        deliver: told, in the fetcher's thread, of what has arrived and of what failed.
+        engine: whose retriever to ask.
+        deliver: told, in the fetcher's thread, of what came of each call and of the seconds it took.
     """
 
-    def __init__(self, deliver: Deliver) -> None:
-        self.busy_s = 0.0
-        """Time that retrieval has taken."""
+    def __init__(self, engine: GenerationEngine, deliver: Callable[[list[Outcome], float], None]) -> None:
+        self._engine = engine
         self._deliver = deliver
         self._urgent: deque[Fetch] = deque()
         self._others: deque[Fetch] = deque()
-        self._condition = threading.Condition()
         self._was_urgent = False
         self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="retro-ray-neighbours", daemon=True)
-        self._thread.start()
+        self._condition = threading.Condition()
+        threading.Thread(target=self._run, name="retro-ray-neighbours", daemon=True).start()
 
     def ask(self, fetches: Sequence[Fetch], *, urgent: bool) -> None:
         """Retrieve for `fetches`. Urgent are those for which decoding has stopped; they take turns
@@ -65,8 +63,8 @@ class NeighbourFetcher:
     def _run(self) -> None:
         while fetches := self._take():
             start = time.monotonic()
-            self._fetch(fetches)
-            self.busy_s += time.monotonic() - start
+            outcomes = self._fetch(fetches)
+            self._deliver(outcomes, time.monotonic() - start)
 
     def _take(self) -> list[Fetch]:
         """What the next call retrieves for, at least one; nothing once closed."""
@@ -83,18 +81,12 @@ class NeighbourFetcher:
                 num_queries += len(taken[-1].queries)
             return taken
 
-    def _fetch(self, fetches: Sequence[Fetch]) -> None:
-        for engine in dict.fromkeys(fetch.engine for fetch in fetches):
-            together = [fetch for fetch in fetches if fetch.engine is engine]
-            try:
-                found = iter(engine.retrieve([query for fetch in together for query in fetch.queries]))
-            except Exception as error:
-                # One of them may be the cause: the others must not suffer for it.
-                if len(together) > 1:
-                    for fetch in together:
-                        self._fetch([fetch])
-                else:
-                    self._deliver(together[0], error)
-                continue
-            for fetch in together:
-                self._deliver(fetch, [next(found) for _ in fetch.queries])
+    def _fetch(self, fetches: Sequence[Fetch]) -> list[Outcome]:
+        try:
+            found = iter(self._engine.retrieve([query for fetch in fetches for query in fetch.queries]))
+        except Exception as error:
+            if len(fetches) == 1:
+                return [(fetches[0], error)]
+            # One of them may be the cause: the others must not suffer for it.
+            return [outcome for fetch in fetches for outcome in self._fetch([fetch])]
+        return [(fetch, [next(found) for _ in fetch.queries]) for fetch in fetches]

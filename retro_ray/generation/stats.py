@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from retro_ray.generation.neighbours import RetrievedChunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +48,32 @@ class Counters:
     tokens_generated: int = 0
     prefill_s: float = 0.0
     decode_s: float = 0.0
-    stalled_s: float = 0.0
-    """In which requests were there, and each of them waited for neighbours."""
     num_steps: int = 0
     batch_size_sum: int = 0
-    missing_shards: set[int] = field(default_factory=set)
+    stalled_s: float = 0.0
+    """In which there were requests, and each of them waited for neighbours."""
+    missing_shards: frozenset[int] = frozenset()
     partial_answers: int = 0
+
+    def take_in(self, retrieved: Sequence[RetrievedChunk]) -> None:
+        """Count answers of retrieval."""
+        for answer in retrieved:
+            self.missing_shards |= frozenset(answer.neighbours.missing_shards)
+            self.partial_answers += bool(answer.neighbours.missing_shards)
+
+    def stats(
+        self, *, queued: int, active: int, cached_tokens: int, max_cached_tokens: int, retrieval_s: float
+    ) -> SchedulerStats:
+        """These figures, and those of the moment."""
+        counted: dict[str, Any] = dataclasses.asdict(self)
+        counted["missing_shards"] = tuple(sorted(self.missing_shards))
+        stalled_s = counted.pop("stalled_s")
+        return SchedulerStats(
+            **counted,
+            queued=queued,
+            active=active,
+            cached_tokens=cached_tokens,
+            max_cached_tokens=max_cached_tokens,
+            retrieval_s=retrieval_s,
+            retrieval_hidden_share=max(0.0, 1 - stalled_s / retrieval_s) if retrieval_s else 0.0,
+        )

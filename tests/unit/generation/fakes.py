@@ -1,4 +1,5 @@
 import hashlib
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -6,6 +7,7 @@ import torch
 
 from retro_ray.config import ModelConfig
 from retro_ray.database.store import DocumentRef
+from retro_ray.errors import RetrievalError
 from retro_ray.model.retro import RetroModel
 from retro_ray.retrieval.retriever import NeighbourSet
 
@@ -48,6 +50,25 @@ class HashSearch:
         for array in (tokens, mask, distances, chunk_ids):
             array.setflags(write=False)  # as arrays that Ray shares are
         return NeighbourSet(distances, chunk_ids, tokens, mask, tuple(documents), self._missing_shards)
+
+
+class GatedSearch(HashSearch):
+    """A HashSearch that answers only while its gate is open; fails for chunks with a forbidden token."""
+
+    def __init__(self, vocab_size: int, missing_shards: tuple[int, ...] = ()) -> None:
+        super().__init__(vocab_size, missing_shards)
+        self.gate = threading.Event()
+        self.was_asked = threading.Event()
+        self.forbidden: int | None = None
+        self.reranks: list[str | None] = []
+
+    def retrieve_chunks(self, chunks: Sequence[Sequence[int]], k: int, rerank: str | None = None) -> NeighbourSet:
+        self.was_asked.set()
+        assert self.gate.wait(60), "the gate was never opened"
+        self.reranks.append(rerank)
+        if any(self.forbidden in chunk for chunk in chunks):
+            raise RetrievalError("shard 1 did not answer")
+        return super().retrieve_chunks(chunks, k)
 
 
 def make_model(vocab_size: int, **changes) -> RetroModel:
