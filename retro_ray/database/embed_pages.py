@@ -52,7 +52,7 @@ def chunk_units(
     tokenizer = TextTokenizer.load(tokenizer_folder)
     for content in batch["unit"]:
         unit = ReadUnit.from_dict(json.loads(str(content)))
-        maker = PageMaker(unit.index, split, chunk_length, tokenizer.vocab_size)
+        maker = PageMaker(unit.index, split, tokenizer.vocab_size)
         for page in maker.pages(_chunked_documents(unit, corpus, tokenizer, chunk_length)):
             if not page.path(pages).exists():
                 yield _page_to_batch(page)

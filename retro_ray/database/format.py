@@ -33,6 +33,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from retro_ray.config import RerankMethod
 from retro_ray.errors import DatabaseError
 
 FORMAT_VERSION = 2
@@ -142,6 +143,11 @@ class Partition:
     def index(self) -> str:
         return f"{self.folder}/index.faiss"
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files that it may have."""
+        return self.chunks, self.documents, self.ids, self.keys, self.index, self.neighbours
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSpec:
@@ -179,6 +185,12 @@ class Manifest:
     index: IndexSpec
     num_neighbours: int
     """Neighbours stored per chunk."""
+    rerank: RerankMethod = "none"
+    """How the stored neighbours were reordered, and those of a search are, unless told otherwise."""
+    num_rerank_candidates: int = 50
+    """Nearest chunks from which reranking chooses."""
+    token_statistics: str | None = None
+    """File that says in how many chunks each token occurs (token_statistics.py); reranking needs it."""
     num_shards: int
     segments: tuple[Partition, ...]
     """Ascending by chunk_id_base; which shard serves one is `segment.shard`."""
@@ -215,7 +227,8 @@ class Manifest:
         actors that already bear the version's name.
         """
         content = self.to_dict()
-        for volatile in ("stage_seconds", "created", "build", "settings", "generation", "built_generation", "codec", "deleted"):
+        history = ("stage_seconds", "created", "build", "settings", "generation", "built_generation")
+        for volatile in (*history, "codec", "deleted", "token_statistics"):
             content.pop(volatile)
         content["files"] = sorted(
             record["sha256"] for path, record in content["files"].items() if not path.endswith(NEIGHBOURS_NAME)

@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from retro_ray.database.arrow_rows import fixed_size_lists
-from retro_ray.database.format import chunks_schema, write_json_atomically
+from retro_ray.database.format import write_json_atomically
+from retro_ray.database.segment_writer import chunk_rows, document_row
 from retro_ray.database.split import Split
 from retro_ray.text.chunking import ChunkedDocument
 
@@ -27,7 +28,7 @@ CHUNKS_PER_PAGE = 1024
 
 @dataclass(frozen=True)
 class Page:
-    """Chunks of one unit and one partition. `document` in its rows counts the unit's documents there."""
+    """Chunks of one unit and one partition: columns tokens, length, num_bytes."""
 
     unit: int
     partition: str
@@ -52,10 +53,10 @@ class PageMaker:
     Memory is bounded by one document and one unfinished page per partition.
     """
 
-    def __init__(self, unit: int, split: Split, chunk_length: int, vocab_size: int) -> None:
+    def __init__(self, unit: int, split: Split, vocab_size: int) -> None:
         self._unit = unit
         self._split = split
-        self._schema = chunks_schema(chunk_length, vocab_size)
+        self._vocab_size = vocab_size
         self._pending: dict[str, list[pa.Table]] = {}
         self.contents = UnitContents()
 
@@ -69,25 +70,8 @@ class PageMaker:
 
     def _add(self, partition: str, document: ChunkedDocument) -> Iterator[Page]:
         listed = self.contents.documents.setdefault(partition, [])
-        num_chunks = len(document.tokens)
-        rows = pa.Table.from_arrays(
-            [
-                fixed_size_lists(document.tokens, self._schema.field("tokens").type.value_type),
-                pa.array(document.lengths, pa.uint16()),
-                pa.array(document.num_bytes, pa.int32()),
-                pa.array(np.full(num_chunks, len(listed)), pa.int32()),
-            ],
-            schema=self._schema,
-        )
-        listed.append(
-            {
-                "id": document.id,
-                "title": document.title,
-                "source": document.source,
-                "num_chunks": num_chunks,
-                "num_bytes": int(document.num_bytes.sum()),
-            }
-        )
+        rows = chunk_rows(document.tokens, document.lengths, document.num_bytes, self._vocab_size)
+        listed.append(document_row(document))
         self._pending.setdefault(partition, []).append(rows)
         yield from self._cut(partition, at_least=CHUNKS_PER_PAGE)
 

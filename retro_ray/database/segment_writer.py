@@ -6,14 +6,38 @@ from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from retro_ray.database.arrow_rows import ArrowRowWriter
+from retro_ray.database.arrow_rows import ArrowRowWriter, fixed_size_lists
 from retro_ray.database.document_index import write_document_index
-from retro_ray.database.format import DOCUMENTS_SCHEMA, Partition, chunks_schema
+from retro_ray.database.format import DOCUMENTS_SCHEMA, Partition, chunks_schema, token_type
 from retro_ray.database.split import document_hash
+from retro_ray.text.chunking import ChunkedDocument
+
+
+def document_row(document: ChunkedDocument) -> dict[str, Any]:
+    """What `SegmentWriter.add` takes of a document, beside its chunks."""
+    return {
+        "id": document.id,
+        "title": document.title,
+        "source": document.source,
+        "num_chunks": len(document.tokens),
+        "num_bytes": int(document.num_bytes.sum()),
+    }
+
+
+def chunk_rows(tokens: np.ndarray, lengths: np.ndarray, num_bytes: np.ndarray, vocab_size: int) -> pa.Table:
+    """Chunks as `SegmentWriter.add` takes them: tokens [n, m], lengths [n], num_bytes [n]."""
+    return pa.table(
+        {
+            "tokens": fixed_size_lists(tokens, token_type(vocab_size)),
+            "length": pa.array(lengths, pa.uint16()),
+            "num_bytes": pa.array(num_bytes, pa.int32()),
+        }
+    )
 
 
 class SegmentWriter:
@@ -55,7 +79,8 @@ class SegmentWriter:
         """
         num_chunks = documents["num_chunks"].to_numpy()
         ends = self.num_chunks + np.cumsum(num_chunks)
-        rows = documents.append_column("first_row", pa.array(ends - num_chunks))
+        described = documents.select(["id", "title", "source", "num_chunks", "num_bytes"])
+        rows = described.append_column("first_row", pa.array(ends - num_chunks))
         self._documents.write(rows.select(DOCUMENTS_SCHEMA.names))
         for block in chunks:
             row = self.num_chunks + np.arange(block.num_rows)

@@ -95,6 +95,10 @@ class ChunkStore:
         """Open the documents and the stored neighbours, which are otherwise opened when they are first asked for."""
         _ = self._documents, self.neighbours
 
+    def documents(self, documents: np.ndarray) -> pa.Table:
+        """The rows `documents` (int64 [n]) of documents.arrow (DOCUMENTS_SCHEMA)."""
+        return self._documents.take(pa.array(documents))
+
     def document_ref(self, document: int) -> DocumentRef:
         row = self._documents.slice(document, 1).to_pylist()[0]
         return DocumentRef(id=row["id"], title=row["title"], source=row["source"])

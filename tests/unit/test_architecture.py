@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "retro_ray").rglob("*.py"))
 
 # Each part may import from the parts named before it, and from itself.
 LAYERS = [
-    {"errors", "progress", "precision", "allocator"},
+    {"errors", "progress", "precision", "allocator", "file_lock"},
     {"config", "command_line"},
     {"text", "embedding", "recipes"},
     {"database", "index"},
@@ -23,10 +23,11 @@ LAYERS = [
     {"serve", "commands"},
     {"__main__"},
 ]
-# The one place where the order is turned: building a database ends with asking its shard actors for neighbours.
+# The one place where the order is turned: building or editing a database ends with searching neighbours in it.
 TURNED = {
     ("database/build.py", "retrieval"),
     ("database/build.py", "ray_session"),
+    ("database/edit_index.py", "retrieval"),
     ("database/tasks.py", "retrieval"),
 }
 

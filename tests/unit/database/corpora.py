@@ -50,7 +50,7 @@ class Pages:
         num_written = 0
         self.folder.mkdir(parents=True, exist_ok=True)
         for number, documents in enumerate(self.units):
-            maker = PageMaker(number, self.split, M, VOCAB_SIZE)
+            maker = PageMaker(number, self.split, VOCAB_SIZE)
             for page in maker.pages(documents):
                 if skip_existing and page.path(self.folder).exists():
                     continue

@@ -87,7 +87,7 @@ def test_pages_do_not_depend_on_interruptions(sizes: list[list[int]], stop_at: i
 def test_pages_are_bounded_and_full(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages_module, "CHUNKS_PER_PAGE", 5)
     documents = [make_document("long", 4 * 23), make_document("short", 3)]
-    pages = list(PageMaker(0, split_of(["long", "short"], 1, 0.0), M, 300).pages(iter(documents)))
+    pages = list(PageMaker(0, split_of(["long", "short"], 1, 0.0), 300).pages(iter(documents)))
     assert [(page.number, page.chunks.num_rows) for page in pages] == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 4)]
 
 
@@ -101,7 +101,7 @@ def test_a_page_comes_before_the_next_document_is_read(monkeypatch: pytest.Monke
             read.append(f"{number}")
             yield make_document(f"{number}", 8)
 
-    pages = PageMaker(0, split_of(["0", "1", "2"], 1, 0.0), M, 300).pages(documents())
+    pages = PageMaker(0, split_of(["0", "1", "2"], 1, 0.0), 300).pages(documents())
     next(pages)
     assert read == ["0"]
 

@@ -1,0 +1,128 @@
+"""Rewriting a database without its deleted documents: one segment per shard, and everything found anew."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from retro_ray.database.edit_index import index_segment, store_neighbours
+from retro_ray.database.format import Partition
+from retro_ray.database.keys import sample_keys, write_keys
+from retro_ray.database.segment_writer import SegmentWriter, chunk_rows
+from retro_ray.database.split import shard_name
+from retro_ray.database.store import ChunkStore, Database
+from retro_ray.database.transaction import Transaction
+from retro_ray.errors import DatabaseError
+from retro_ray.index.build import choose_index, num_training_keys, train_index, write_index
+
+_ROWS_PER_BLOCK = 1 << 14
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Documents of one segment that go to one shard, in order."""
+
+    store: ChunkStore
+    documents: np.ndarray
+    """int64 [n], rows in documents.arrow."""
+
+    def row_blocks(self) -> Iterator[np.ndarray]:
+        """Rows of the documents' chunks, a block at a time."""
+        first = self.store.document_first_row[self.documents]
+        count = self.store.document_num_chunks[self.documents]
+        before = np.cumsum(count) - count
+        rows = np.repeat(first - before, count) + np.arange(count.sum())
+        for start in range(0, len(rows), _ROWS_PER_BLOCK):
+            yield rows[start : start + _ROWS_PER_BLOCK]
+
+
+def compact_segments(edit: Transaction, num_shards: int) -> None:
+    """Put the live documents into new segments, about equally many chunks in each of `num_shards` shards.
+
+    Raises:
+        DatabaseError: no document is left.
+    """
+    base, database = edit.base, edit.database()
+    runs = _assign(database, num_shards)
+    if not runs:
+        raise DatabaseError(
+            f"every document of the database in {edit.directory} is deleted: add some before compacting it"
+        )
+    segments, next_chunk_id = [], base.next_chunk_id
+    for shard, shard_runs in enumerate(runs):
+        segment = _write_shard(edit, shard, shard_runs, next_chunk_id)
+        segments.append(segment)
+        next_chunk_id += segment.num_chunks
+    edit.drop_files(*(path for segment in base.segments for path in segment.paths))
+    edit.drop_files(*(path for path in (base.codec, base.deleted) if path is not None))
+    edit.set_segments(segments)
+    edit.replace(
+        num_shards=len(segments),
+        deleted=None,
+        num_deleted_documents=0,
+        num_deleted_chunks=0,
+        num_deleted_tokens=0,
+        num_deleted_bytes=0,
+    )
+    for segment in segments:
+        edit.add_files(segment.chunks, segment.documents, segment.ids, segment.keys)
+    _train(edit, segments)
+    for segment in segments:
+        index_segment(edit, segment)
+    store_neighbours(edit, [*segments, *([base.validation] if base.validation else [])])
+
+
+def _assign(database: Database, num_shards: int) -> list[list[_Run]]:
+    """Live documents in their order, cut into shards of about equally many chunks; none is empty."""
+    live = [
+        np.flatnonzero(~database.is_deleted(store.chunk_id_base + store.document_first_row))
+        for store in database.segments
+    ]
+    counts = [store.document_num_chunks[documents] for store, documents in zip(database.segments, live, strict=True)]
+    total, before = sum(int(count.sum()) for count in counts), 0
+    shards: dict[int, list[_Run]] = {}
+    for store, documents, count in zip(database.segments, live, counts, strict=True):
+        start = before + np.cumsum(count) - count
+        shard_of = start * num_shards // max(1, total)
+        for shard in np.unique(shard_of):
+            shards.setdefault(int(shard), []).append(_Run(store, documents[shard_of == shard]))
+        before += int(count.sum())
+    return [shards[shard] for shard in sorted(shards)]
+
+
+def _write_shard(edit: Transaction, shard: int, runs: Sequence[_Run], chunk_id_base: int) -> Partition:
+    """Chunks, documents and keys of one shard, copied block by block."""
+    base = edit.base
+    folder = edit.directory / edit.folder / shard_name(shard)
+    with SegmentWriter(folder, base.chunk_length, base.vocab_size) as writer:
+        for run in runs:
+            writer.add(run.store.documents(run.documents), _chunks(run, base.vocab_size))
+    segment = writer.partition(shard_name(shard), chunk_id_base, shard)
+    keys = (run.store.keys[rows] for run in runs for rows in run.row_blocks())
+    write_keys(edit.directory / segment.keys, keys, segment.num_chunks, base.key_dim)
+    return segment
+
+
+def _chunks(run: _Run, vocab_size: int) -> Iterator[pa.Table]:
+    store = run.store
+    for rows in run.row_blocks():
+        yield chunk_rows(store.tokens(rows), store.lengths(rows), store.num_bytes(rows), vocab_size)
+
+
+def _train(edit: Transaction, segments: Sequence[Partition]) -> None:
+    """Choose the index anew, and train its codec on keys of all shards."""
+    base = edit.base
+    num_chunks = sum(segment.num_chunks for segment in segments)
+    spec = choose_index(num_chunks, base.key_dim)
+    codec = None
+    if not spec.is_exact:
+        codec = f"{edit.folder}/codec.faiss"
+        paths = [edit.directory / segment.keys for segment in segments]
+        sample = sample_keys(paths, num_training_keys(spec, num_chunks), _SEED)
+        write_index(train_index(spec, base.key_dim, sample), edit.directory / codec)
+        edit.add_files(codec)
+    edit.replace(index=spec, codec=codec)

@@ -1,0 +1,205 @@
+"""Changing a database after it was built: documents added, deleted, replaced; and compacted.
+
+Every edit is one commit (see `transaction`): whoever reads the database sees all of it or nothing.
+Adding costs what is added: only the new chunks are embedded, indexed with the codec that is there,
+and given neighbours. What is stored with older chunks stays, but for neighbours that were deleted;
+`compact` searches all neighbours again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from retro_ray.database.add_segment import Embedder, embed_segment, write_documents
+from retro_ray.database.compact import compact_segments
+from retro_ray.database.edit_index import index_segment, store_neighbours
+from retro_ray.database.format import Manifest, Partition, database_directory
+from retro_ray.database.store import ChunkStore, Database
+from retro_ray.database.transaction import Transaction, transaction
+from retro_ray.errors import InputError, MismatchError
+from retro_ray.text.corpus import Document
+
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditReport:
+    """What an edit did."""
+
+    generation: int
+    """Of the database that it left."""
+    documents_added: int = 0
+    documents_deleted: int = 0
+    """Those that were replaced among them."""
+    chunks_added: int = 0
+    seconds: float
+
+
+class DatabaseEditor:
+    """Edits the database of a home, in this process.
+
+    When a method returns, its effect is on the disk, and every search that begins later sees it.
+
+    Args:
+        home: of the database.
+        embedder: must be the one that the database was built with; default: that one, loaded when it
+            is first needed, and kept.
+        announce: called with the database's folder after every commit, so that what serves the
+            database need not wait for the next query to load what is new.
+    """
+
+    def __init__(
+        self, home: Path, *, embedder: Embedder | None = None, announce: Callable[[Path], None] | None = None
+    ) -> None:
+        self._directory = database_directory(home)
+        self._given_embedder = embedder
+        self._loaded_embedder: tuple[str, Embedder] | None = None
+        self._announce = announce
+
+    def add(self, documents: Iterable[Document]) -> EditReport:
+        """Add documents with ids that are not in the database.
+
+        Raises:
+            InputError: there are none, or an id is in the database or comes twice.
+            DatabaseError: there is no database, or something else changes it.
+            MismatchError: the embedder here is not the one that the database was built with.
+        """
+        return self._put(documents, "adding documents", may_replace=False)
+
+    def update(self, documents: Iterable[Document]) -> EditReport:
+        """Put documents in place of those with their ids; add those whose ids are new.
+
+        Raises:
+            InputError: there are none, or an id comes twice.
+            DatabaseError: there is no database, or something else changes it.
+            MismatchError: the embedder here is not the one that the database was built with.
+        """
+        return self._put(documents, "updating documents", may_replace=True)
+
+    def delete(self, document_ids: Iterable[str]) -> EditReport:
+        """Delete documents by their ids: no search returns them, and no reader shows their text.
+
+        Raises:
+            InputError: none is named, or an id is not in the database.
+            DatabaseError: there is no database, or something else changes it.
+        """
+        start = time.perf_counter()
+        ids = list(dict.fromkeys(document_ids))
+        if not ids:
+            raise InputError("no documents to delete: name them with --document")
+        with self._editing("deleting documents") as edit:
+            database = edit.database()
+            found = {name: database.find_document(name) for name in ids}
+            if unknown := [name for name, place in found.items() if place is None]:
+                raise InputError(f"not in the database: {_named(unknown)}; nothing was deleted")
+            edit.delete([place for place in found.values() if place is not None])
+            manifest = edit.commit()
+        return EditReport(
+            generation=manifest.generation, documents_deleted=len(ids), seconds=time.perf_counter() - start
+        )
+
+    def compact(self, num_shards: int | None = None) -> EditReport:
+        """Rewrite the database without what is deleted, with one segment per shard and a new index.
+
+        Nothing is embedded. All chunks get new chunk_ids, and all neighbours are searched again.
+
+        Args:
+            num_shards: default: as many as there are.
+
+        Raises:
+            DatabaseError: there is no database or nothing left in it, or something else changes it.
+        """
+        start = time.perf_counter()
+        with self._editing("compacting") as edit:
+            compact_segments(edit, num_shards or edit.base.num_shards)
+            manifest = edit.commit()
+        return EditReport(generation=manifest.generation, seconds=time.perf_counter() - start)
+
+    def _put(self, documents: Iterable[Document], purpose: str, *, may_replace: bool) -> EditReport:
+        start = time.perf_counter()
+        replaced: list[tuple[ChunkStore, int]] = []
+        with self._editing(purpose) as edit:
+            embedder = self._embedder(edit.base)
+            chosen = _checked(documents, edit.database(), replaced if may_replace else None)
+            segment = self._write_segment(edit, chosen, embedder)
+            edit.set_segments([*edit.base.segments, segment])
+            if replaced:
+                edit.delete(replaced)
+            store_neighbours(edit, [segment])
+            manifest = edit.commit()
+        return EditReport(
+            generation=manifest.generation,
+            documents_added=segment.num_documents,
+            documents_deleted=len(replaced),
+            chunks_added=segment.num_chunks,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _write_segment(self, edit: Transaction, documents: Iterable[Document], embedder: Embedder) -> Partition:
+        """Chunk, embed and index documents: a segment of the shard that has the fewest chunks."""
+        base = edit.base
+        tokenizer = edit.database().tokenizer
+        writer = write_documents(self._directory / edit.folder / "added", documents, tokenizer, base.chunk_length)
+        if not writer.num_documents:
+            raise InputError("no documents to add: name files or folders that hold some")
+        sizes = [sum(segment.num_chunks for segment in base.segments_of(shard)) for shard in range(base.num_shards)]
+        segment = writer.partition(f"added-{edit.generation:08d}", base.next_chunk_id, sizes.index(min(sizes)))
+        embed_segment(self._directory, segment, base.chunk_length, tokenizer, embedder)
+        edit.add_files(segment.chunks, segment.documents, segment.ids, segment.keys)
+        index_segment(edit, segment)
+        return segment
+
+    def _embedder(self, manifest: Manifest) -> Embedder:
+        """The embedder that the database was built with."""
+        embedder = self._given_embedder or self._load_embedder(manifest.embedder_name)
+        if embedder.fingerprint != manifest.embedder_fingerprint:
+            raise MismatchError(
+                f"the embedder {manifest.embedder_name} here has fingerprint {embedder.fingerprint}, the database in "
+                f"{self._directory} was built with {manifest.embedder_fingerprint}: install that one, or rebuild the "
+                "database with jobs/index.py"
+            )
+        return embedder
+
+    def _load_embedder(self, name: str) -> Embedder:
+        if self._loaded_embedder is None or self._loaded_embedder[0] != name:
+            from retro_ray.embedding import ChunkEmbedder  # torch: deletions and --help do without it
+
+            self._loaded_embedder = name, ChunkEmbedder(name)
+        return self._loaded_embedder[1]
+
+    @contextmanager
+    def _editing(self, purpose: str) -> Iterator[Transaction]:
+        with transaction(self._directory, purpose) as edit:
+            yield edit
+        if self._announce is not None:
+            self._announce(self._directory)
+
+
+def _checked(
+    documents: Iterable[Document], database: Database, replaced: list[tuple[ChunkStore, int]] | None
+) -> Iterator[Document]:
+    """The documents one by one, each with an id of its own; those that they replace go into `replaced`."""
+    seen: set[str] = set()
+    for document in documents:
+        if document.id in seen:
+            raise InputError(f"two documents have the id {document.id!r}: make the ids unique; nothing was changed")
+        seen.add(document.id)
+        place = database.find_document(document.id)
+        if place is not None:
+            if replaced is None:
+                raise InputError(
+                    f"the document {document.id!r} is in the database already: replace it with update; nothing was "
+                    "added"
+                )
+            replaced.append(place)
+        yield document
+
+
+def _named(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
