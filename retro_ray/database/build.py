@@ -40,6 +40,7 @@ from retro_ray.database.format import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     FileRecord,
+    IndexSpec,
     Manifest,
     Partition,
     database_directory,
@@ -334,14 +335,8 @@ class DatabaseBuilder:
         num_chunks = sum(shard.num_chunks for shard in shards)
         spec = choose_index(num_chunks, self._key_dim)
         codec = self._build / "codec.faiss"
-        if not codec.exists():
-            num_keys = num_training_keys(spec, num_chunks)
-            sample = sample_keys([self._directory / shard.keys for shard in shards], num_keys, self._config.seed)
-            write_index(train_index(spec, self._key_dim, sample), codec)
-        todo = [(codec, self._directory / shard.keys, self._directory / shard.index) for shard in shards]
-        todo = [paths for paths in todo if not paths[-1].exists()]
-        for _ in run_tasks(ray.remote(fill_shard), todo, "index"):
-            pass
+        if not spec.is_exact:
+            self._build_indexes(spec, codec, shards)
         manifest = Manifest(
             build=self._build_id,
             chunk_length=self._config.chunk_length,
@@ -364,9 +359,21 @@ class DatabaseBuilder:
         )
         paths = [f"{self._build_id}/tokenizer/{path.name}" for path in sorted(self._tokenizer_folder.iterdir())]
         for partition in partitions:
-            paths += [partition.chunks, partition.documents, partition.keys]
-        paths += [shard.index for shard in shards] + ([manifest.codec] if manifest.codec else [])
+            paths += [partition.chunks, partition.documents, partition.ids, partition.keys]
+        if manifest.codec:
+            paths += [manifest.codec, *(shard.index for shard in shards)]
         return dataclasses.replace(manifest, files=self._checksums(paths))
+
+    def _build_indexes(self, spec: IndexSpec, codec: Path, shards: tuple[Partition, ...]) -> None:
+        """Train the codec on keys of all shards, and encode each shard's keys."""
+        if not codec.exists():
+            num_keys = num_training_keys(spec, sum(shard.num_chunks for shard in shards))
+            sample = sample_keys([self._directory / shard.keys for shard in shards], num_keys, self._config.seed)
+            write_index(train_index(spec, self._key_dim, sample), codec)
+        todo = [(codec, self._directory / shard.keys, self._directory / shard.index) for shard in shards]
+        todo = [paths for paths in todo if not paths[-1].exists()]
+        for _ in run_tasks(ray.remote(fill_shard), todo, "index"):
+            pass
 
     def _checksums(self, paths: list[str]) -> dict[str, FileRecord]:
         records = run_tasks(ray.remote(named_record), [(self._directory, path) for path in paths], "checksums")

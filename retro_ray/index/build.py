@@ -1,13 +1,15 @@
-"""Building FAISS indexes: which kind, trained once, filled shard by shard.
+"""Building FAISS indexes: which kind, trained once, filled segment by segment.
 
-The codec (coarse quantizer, product quantizer) is trained once on a random sample of all shards and
-shared by them: then a search over shards returns what one index over all keys would.
+The codec (coarse quantizer, product quantizer) is trained once on a random sample of all segments and
+shared by them: then a search over shards returns what one index over all keys would. An index holds
+codes only; the keys lie beside it. An exact index is its keys, and needs no file.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ import faiss
 import numpy as np
 
 from retro_ray.database.format import IndexSpec
+from retro_ray.index.encoder import transform
+from retro_ray.index.exact import unbatched_distances
 
 MAX_EXACT_CHUNKS = 100_000
 """Up to here an exact search is fast enough, and needs neither training nor tuning."""
@@ -28,13 +32,13 @@ def choose_index(num_chunks: int, dim: int) -> IndexSpec:
     """The index for a database of `num_chunks` keys.
 
     Exact for small databases. Above, inverted lists over 4-bit fast-scan product quantization (two
-    dimensions per code), whose candidates are re-ranked by 8-bit codes.
+    dimensions per code), whose candidates are ranked again by their keys.
     """
     if num_chunks <= MAX_EXACT_CHUNKS or dim % 2:
         return IndexSpec(factory="Flat")
     num_lists = max(_MIN_NUM_LISTS, 2 ** round(math.log2(2 * math.sqrt(num_chunks))))
     return IndexSpec(
-        factory=f"IVF{num_lists},PQ{dim // 2}x4fs,Refine(SQ8)",
+        factory=f"IVF{num_lists},PQ{dim // 2}x4fs",
         nprobe=max(16, num_lists // 16),
         refine_factor=10,
     )
@@ -44,22 +48,26 @@ def num_training_keys(spec: IndexSpec, num_chunks: int) -> int:
     """How many keys `train_index` wants: 0 for an exact index."""
     if spec.is_exact:
         return 0
-    num_lists = int(spec.factory.split(",")[0].removeprefix("IVF"))
+    num_lists = int(re.findall(r"IVF(\d+)", spec.factory)[0])
     return min(num_chunks, TRAINING_KEYS_PER_LIST * num_lists)
 
 
 def train_index(spec: IndexSpec, dim: int, sample: np.ndarray) -> faiss.Index:
-    """An empty index with its codec trained on `sample`, float32 [n, dim]."""
+    """The codec of a compressed index: empty, trained on `sample`, float32 [n, dim]."""
     index = faiss.index_factory(dim, spec.factory, faiss.METRIC_L2)
-    if not spec.is_exact:
-        index.train(np.ascontiguousarray(sample, np.float32))
+    index.train(np.ascontiguousarray(sample, np.float32))
     return index
 
 
 def fill_index(index: faiss.Index, key_blocks: Iterable[np.ndarray]) -> faiss.Index:
-    """Add keys, block by block, in row order: row i gets FAISS id i."""
+    """Add keys, block by block, in row order: row i gets FAISS id i, and codes that depend on its key alone."""
+    lists = faiss.downcast_index(faiss.extract_index_ivf(index))
     for keys in key_blocks:
-        index.add(np.ascontiguousarray(keys, np.float32))
+        if not len(keys):
+            continue
+        with unbatched_distances():
+            lists.add(transform(index, np.ascontiguousarray(keys, np.float32)))
+    index.ntotal = lists.ntotal
     return index
 
 
@@ -75,6 +83,6 @@ def write_index(index: faiss.Index, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_index(path: Path) -> faiss.Index:
-    """Read an index into memory."""
-    return faiss.read_index(str(path))
+def read_index(path: Path, mmap: bool = False) -> faiss.Index:
+    """Read an index into memory, or map it."""
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)

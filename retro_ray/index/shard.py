@@ -1,174 +1,167 @@
-"""Searching one FAISS shard, with the rules of retrieval that a bare index does not keep."""
+"""One segment as it is searched: its codes, and its keys for exact distances to what the codes suggest."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import faiss
 import numpy as np
 
 from retro_ray.database.format import IndexSpec
-from retro_ray.index.merge import nearest, pad_columns
+from retro_ray.database.keys import read_keys
+from retro_ray.index.build import read_index
+from retro_ray.index.encoder import PreparedQueries
+from retro_ray.index.exact import FAISS, ExactKeys, squared_distances
+from retro_ray.index.merge import Candidates
 
-_MARGIN = 8
-"""Candidates fetched beyond k, so that ties and a few excluded rows seldom need a second search."""
-_WIDENINGS = (1, 4, 16)
-"""Times as many candidates in each further search of a batch."""
-_NONE_EXCLUDED = (-1, -1)
+_SELECT_FROM = 1024
+"""From so many candidates on, FAISS itself passes over what is excluded: query by query, but without listing it."""
 
 
 class IndexShard:
-    """One index, row i of which is chunk i of its shard.
+    """Candidates among the rows of one segment; row i is its i-th chunk.
 
-    Distances are squared L2. An exact index returns exactly the k smallest (distance, row) pairs:
-    FAISS rounds batched distances differently for every batch and shard size, so candidates are
-    scored again from the keys themselves, and ties at the end of the list are followed until they
-    are complete.
+    Args:
+        spec: of the database's manifest.
+        keys: float32 [n, D], in memory or memory-mapped; row i the key of chunk i.
+        index: the codes of these keys; None for an exact index, which needs none.
+        deleted: bool [n], rows never to return; None: none.
     """
 
-    def __init__(self, index: faiss.Index, spec: IndexSpec) -> None:
-        self._index = index
-        self._spec = spec
-        self.num_rows: int = index.ntotal
-        self._keys = _vectors(index) if spec.is_exact else None
-        self._max_square = 0.0 if self._keys is None else _max_square(self._keys)
-        self._num_lists: int = 0 if spec.is_exact else faiss.extract_index_ivf(index).nlist
+    def __init__(
+        self, spec: IndexSpec, keys: np.ndarray, index: faiss.Index | None = None, deleted: np.ndarray | None = None
+    ) -> None:
+        self._keys = keys
+        self._exact = ExactKeys(keys) if spec.is_exact else None
+        # The lists alone: queries come transformed. The whole index is kept, as it owns them.
+        self._index, self._lists = index, _inverted_lists(index)
+        self.set_deleted(deleted)
 
-    def search(
-        self, queries: np.ndarray, k: int, excluded_rows: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` nearest rows of each query.
+    @classmethod
+    def open(
+        cls, spec: IndexSpec, keys: Path, index: Path, deleted: np.ndarray | None = None, mmap: bool = False
+    ) -> IndexShard:
+        """A segment's files. The keys of a compressed index are memory-mapped in any case.
 
         Args:
-            queries: float32 [Q, D].
-            k: how many.
-            excluded_rows: int64 [Q, 2], first and last row to pass over ((-1, -1): none). Others are
-                found in their place, until there are k or the shard is exhausted.
+            spec: of the database's manifest.
+            keys: its keys.npy.
+            index: its index.faiss; not read for an exact index.
+            deleted: bool [n].
+            mmap: map the index, too, and the keys of an exact index, so that they need not fit into memory.
+        """
+        mapped = read_keys(keys)
+        if spec.is_exact:
+            return cls(spec, mapped if mmap else np.array(mapped), None, deleted)
+        return cls(spec, mapped, read_index(index, mmap), deleted)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._keys)
+
+    def set_deleted(self, deleted: np.ndarray | None) -> None:
+        """Replace what is not to be returned: bool [n], or None."""
+        self._deleted = deleted if deleted is not None and deleted.any() else None
+        self._num_live = self.num_rows if deleted is None else self.num_rows - int(np.count_nonzero(deleted))
+
+    def candidates(
+        self, queries: PreparedQueries, num_candidates: int, excluded_rows: np.ndarray | None = None
+    ) -> Candidates:
+        """The rows nearest by their codes, with exact distances.
+
+        Args:
+            queries: from the QueryEncoder of the codec this segment's index was made from.
+            num_candidates: about how many to list.
+            excluded_rows: int64 [Q, 2], first and last row to pass over; (-1, -1): none.
 
         Returns:
-            distances float32 [Q, k] (inf where missing) and rows int64 [Q, k] (-1 where missing).
+            Rows that are deleted or excluded are not listed; how many are listed then varies.
         """
-        queries = np.ascontiguousarray(queries, np.float32)
+        if not self._num_live or not num_candidates or not len(queries):
+            nothing = np.full((len(queries), 0), np.inf, np.float32)
+            hidden_from = np.full(len(queries), np.inf if not self._num_live else 0, np.float32)
+            return Candidates(nothing, nothing, nothing.astype(np.int64), hidden_from)
+        # Deleted rows take places, too.
+        num_candidates = min(math.ceil(num_candidates * self.num_rows / self._num_live), self.num_rows)
+        if num_candidates >= _SELECT_FROM and (self._deleted is not None or excluded_rows is not None):
+            return self._selected(queries, num_candidates, excluded_rows)
+        found = self._find(queries, num_candidates, None)
+        passed = np.zeros(found.ids.shape, bool)
+        if excluded_rows is not None:
+            passed |= (found.ids >= excluded_rows[:, :1]) & (found.ids <= excluded_rows[:, 1:])
+        if self._deleted is not None:
+            passed |= self._deleted[found.ids]
+        if not passed.any():
+            return found
+        return Candidates(
+            np.where(passed, np.inf, found.coarse),
+            np.where(passed, np.inf, found.distances),
+            np.where(passed, -1, found.ids),
+            found.hidden_from,
+        )
+
+    def _selected(self, queries: PreparedQueries, num_candidates: int, excluded_rows: np.ndarray | None) -> Candidates:
+        """As `candidates`, one search for every range of excluded rows."""
         if excluded_rows is None:
-            excluded_rows = np.full((len(queries), 2), _NONE_EXCLUDED, np.int64)
-        distances = np.full((len(queries), k), np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int64)
-        if not len(queries) or not self.num_rows or not k:
-            return distances, rows
-        # All at once, as batches are cheap per query; then, wider, those that ties or exclusions leave open; and
-        # what few remain per excluded range, which FAISS then passes over by itself.
-        unfinished = np.arange(len(queries))
-        for widening in _WIDENINGS:
-            distances[unfinished], rows[unfinished], complete = self._search_once(
-                queries[unfinished], k, widening * (k + _MARGIN), self._spec.nprobe, excluded_rows[unfinished]
-            )
-            unfinished = unfinished[~complete]
-            if not len(unfinished):
-                return distances, rows
-        ranges, group_of = np.unique(excluded_rows[unfinished], axis=0, return_inverse=True)
+            excluded_rows = np.full((len(queries), 2), -1, np.int64)
+        shape = (len(queries), num_candidates)
+        whole = Candidates(
+            np.full(shape, np.inf, np.float32),
+            np.full(shape, np.inf, np.float32),
+            np.full(shape, -1, np.int64),
+            np.full(len(queries), np.inf, np.float32),
+        )
+        ranges, group_of = np.unique(excluded_rows, axis=0, return_inverse=True)
         for group, (first, last) in enumerate(ranges):
-            members = unfinished[group_of.reshape(-1) == group]
-            distances[members], rows[members] = self._search_until_complete(queries[members], k, first, last)
-        return distances, rows
+            members = np.flatnonzero(group_of.reshape(-1) == group)
+            allowed = np.ones(self.num_rows, bool) if self._deleted is None else ~self._deleted
+            if first >= 0:
+                allowed[first : last + 1] = False
+            selector = FAISS.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+            found = self._find(queries[members], num_candidates, selector)
+            for name in ("coarse", "distances", "ids", "hidden_from"):
+                getattr(whole, name)[members] = getattr(found, name)
+        return whole
 
-    def _search_until_complete(
-        self, queries: np.ndarray, k: int, first: int, last: int
+    def _find(self, queries: PreparedQueries, num_candidates: int, selector: faiss.IDSelector | None) -> Candidates:
+        if self._exact is not None:
+            return self._exact.candidates(queries.keys, num_candidates, selector)
+        coarse, rows = self._scan(queries, num_candidates, selector)
+        coarse[rows < 0] = np.inf  # FAISS's own sign of an empty place differs between indexes
+        distances = squared_distances(np.ascontiguousarray(queries.keys), self._keys, rows)
+        hidden_from = np.where(num_candidates < self.num_rows, coarse[:, -1], np.float32(np.inf))
+        return Candidates(coarse, distances, rows, hidden_from)
+
+    def _scan(
+        self, queries: PreparedQueries, num_candidates: int, selector: faiss.IDSelector | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Search rows outside first..last; more candidates and more lists until nothing can change."""
-        selector = None if first < 0 else faiss.IDSelectorNot(faiss.IDSelectorRange(int(first), int(last) + 1))
-        distances = np.full((len(queries), k), np.inf, np.float32)
-        rows = np.full((len(queries), k), -1, np.int64)
-        excluded = np.broadcast_to(np.array([first, last], np.int64), (len(queries), 2))
-        unfinished = np.arange(len(queries))
-        num_candidates, nprobe = k + _MARGIN, self._spec.nprobe
-        while len(unfinished):
-            distances[unfinished], rows[unfinished], complete = self._search_once(
-                queries[unfinished], k, num_candidates, nprobe, excluded[unfinished], selector
-            )
-            if num_candidates >= self.num_rows and nprobe >= self._num_lists:
-                break
-            unfinished = unfinished[~complete]
-            num_candidates, nprobe = 4 * num_candidates, min(self._num_lists, 4 * nprobe)
-        return distances, rows
-
-    def _search_once(
-        self,
-        queries: np.ndarray,
-        k: int,
-        num_candidates: int,
-        nprobe: int,
-        excluded_rows: np.ndarray,
-        selector: faiss.IDSelector | None = None,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One search: distances and rows [Q, k], and which queries no wider search would change [Q]."""
-        num_candidates = min(self.num_rows, num_candidates)
-        parameters = self._parameters(nprobe, k, num_candidates, selector)
-        coarse, candidates = self._index.search(queries, num_candidates, params=parameters)
-        excluded = (candidates >= excluded_rows[:, :1]) & (candidates <= excluded_rows[:, 1:])
-        allowed = np.where(excluded, -1, candidates)
-        scores = coarse if self._keys is None else _exact_distances(queries, self._keys, candidates)
-        order = nearest(scores, allowed, k)
-        rows = pad_columns(np.take_along_axis(allowed, order, 1), k, -1)
-        distances = pad_columns(np.take_along_axis(scores, order, 1), k, np.inf)
-        distances = np.where(rows < 0, np.inf, distances)
-        num_allowed = self.num_rows - _num_rows_in(excluded_rows, self.num_rows)
-        complete = (rows >= 0).sum(1) >= np.minimum(k, num_allowed)
-        if self._keys is not None and num_candidates < self.num_rows:
-            # Beyond rounding, the farthest candidate must be farther than the last neighbour kept: else a row
-            # at the same distance, with a smaller number, may be outside the list. (-1: all rows were seen.)
-            farther = coarse[:, -1] > distances[:, -1] + self._rounding(queries)
-            complete &= farther | (candidates[:, -1] < 0) | (num_allowed < k)
-        return distances, rows, complete
-
-    def _rounding(self, queries: np.ndarray) -> np.ndarray:
-        """How far off FAISS's distances of each query can be, [Q].
-
-        It batches them as |q|^2 + |x|^2 - 2 q x in float32: what is lost there grows with the lengths
-        of the vectors, not with their distance, and with the root of their dimensions.
-        """
-        squares = np.einsum("qd,qd->q", queries, queries) + self._max_square
-        return 2 * math.sqrt(queries.shape[1]) * np.finfo(np.float32).eps * squares
-
-    def _parameters(
-        self, nprobe: int, k: int, num_candidates: int, selector: faiss.IDSelector | None
-    ) -> faiss.SearchParameters:
-        if self._spec.is_exact:
-            return _with(faiss.SearchParameters, sel=selector)
-        # The refine stage scores refine_factor x k candidates, however many of them are returned.
-        k_factor = max(1.0, self._spec.refine_factor * k / num_candidates)
-        inverted_lists = _with(faiss.SearchParametersIVF, nprobe=nprobe, sel=selector)
-        return _with(faiss.IndexRefineSearchParameters, k_factor=k_factor, base_index_params=inverted_lists)
+        """Nearest by the codes of the lists to visit: coarse float32 [Q, C] and rows int64 [Q, C]."""
+        coarse = np.empty((len(queries), num_candidates), np.float32)
+        rows = np.empty((len(queries), num_candidates), np.int64)
+        transformed, lists, list_distances = (
+            np.ascontiguousarray(array) for array in (queries.transformed, queries.lists, queries.list_distances)
+        )
+        pointer = faiss.swig_ptr
+        # The C++ method: FAISS's Python wrapper takes no search parameters here.
+        self._lists.search_preassigned_c(
+            len(queries),
+            pointer(transformed),
+            num_candidates,
+            pointer(lists),
+            pointer(list_distances),
+            pointer(coarse),
+            pointer(rows),
+            False,
+            _parameters(lists.shape[1], selector),
+        )
+        return coarse, rows
 
 
-def _with(parameters: Any, **values: Any) -> faiss.SearchParameters:
-    """Search parameters by name: FAISS adds the keyword arguments at run time, where no type checker sees them."""
-    return parameters(**values)
+def _inverted_lists(index: faiss.Index | None) -> Any:
+    return None if index is None else faiss.downcast_index(faiss.extract_index_ivf(index))
 
 
-def _vectors(index: faiss.Index) -> np.ndarray:
-    """float32 [ntotal, d]: a view of a flat index's vectors."""
-    flat: Any = faiss.downcast_index(index)
-    if not flat.ntotal:
-        return np.empty((0, flat.d), np.float32)
-    return faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d).reshape(flat.ntotal, flat.d)
-
-
-def _max_square(keys: np.ndarray) -> float:
-    """Squared length of the longest key."""
-    return float(np.einsum("nd,nd->n", keys, keys).max(initial=0.0))
-
-
-def _exact_distances(queries: np.ndarray, keys: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """Squared L2 [Q, C] summed in float64 and rounded once: the same whatever the batch and the shard."""
-    scores = np.empty(candidates.shape, np.float32)
-    for query, rows in enumerate(candidates):
-        difference = keys[rows] - queries[query]
-        scores[query] = np.einsum("cd,cd->c", difference, difference, dtype=np.float64)
-    return scores
-
-
-def _num_rows_in(ranges: np.ndarray, num_rows: int) -> np.ndarray:
-    """int64 [Q]: how many of the shard's rows each range (first, last) covers."""
-    first, last = np.maximum(ranges[:, 0], 0), np.minimum(ranges[:, 1], num_rows - 1)
-    return np.where(ranges[:, 1] < 0, 0, np.maximum(last - first + 1, 0))
+def _parameters(nprobe: int, selector: faiss.IDSelector | None) -> faiss.SearchParameters:
+    return FAISS.SearchParametersIVF(nprobe=nprobe, sel=selector)

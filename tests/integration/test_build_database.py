@@ -211,7 +211,7 @@ def test_what_a_killed_commit_left_is_cleared_away(built: Built, tmp_path: Path)
 
 def test_a_damaged_database_is_built_again(built: Built, tmp_path: Path) -> None:
     home = built.copy(tmp_path / "home")
-    path = home / "database" / built.manifest.segments[1].index
+    path = home / "database" / built.manifest.segments[1].keys
     content = bytearray(path.read_bytes())
     content[-5] ^= 16
     path.write_bytes(bytes(content))

@@ -97,14 +97,14 @@ def test_killed_at_every_stage_and_started_again(tmp_path: Path) -> None:
     write_corpus(corpus)
     expected = run_to_the_end(undisturbed, corpus)
 
-    survey, page, index, neighbours = (
+    survey, page, keys, neighbours = (
         "work/survey/unit-*.json",
         "work/pages/*/unit-*-page-*.parquet",
-        "shard-*/index.faiss",
+        "shard-*/keys.npy",
         "*/neighbours.arrow",
     )
     kept: dict[str, dict[Path, tuple[int, int]]] = {}
-    for moment in (survey, page, index, neighbours):
+    for moment in (survey, page, keys, neighbours):
         run_until(killed, corpus, finished(moment))
         for pattern, before in kept.items():  # what was finished was not done again
             now = stamps(killed, pattern)
@@ -116,7 +116,7 @@ def test_killed_at_every_stage_and_started_again(tmp_path: Path) -> None:
             torn.write_bytes(b"torn")
 
     result = run_to_the_end(killed, corpus)
-    for pattern in (index, neighbours):
+    for pattern in (keys, neighbours):
         assert stamps(killed, pattern).items() >= kept[pattern].items()
     assert result["version"] == expected["version"]
     assert contents(killed) == contents(undisturbed)

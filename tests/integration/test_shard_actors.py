@@ -111,7 +111,7 @@ def test_a_search_that_fails_is_an_error_of_its_shard(database: Database) -> Non
 def test_a_damaged_shard_is_named_and_served_once_it_is_mended(tmp_path: Path) -> None:
     """The actor that cannot load it ends, and is not started for ever."""
     database = with_indexes(write_tiny_database(tmp_path, num_shards=2))
-    path = database.directory / database.manifest.segments[1].index
+    path = database.directory / database.manifest.segments[1].keys
     content = path.read_bytes()
     flipped = bytearray(content)
     flipped[len(content) // 2] ^= 1

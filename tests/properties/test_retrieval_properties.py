@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from retro_ray.database.format import IndexSpec
 from retro_ray.database.store import ChunkStore
-from retro_ray.index.build import fill_index, train_index
+from retro_ray.index.encoder import QueryEncoder
 from retro_ray.index.shard import IndexShard
 from retro_ray.retrieval.local import LocalRetriever, ShardSearcher
 from retro_ray.retrieval.neighbours import own_document_ids, write_neighbours
@@ -22,7 +22,7 @@ DIM = 3
 
 
 def searcher(store: ChunkStore, keys: np.ndarray) -> ShardSearcher:
-    return ShardSearcher(IndexShard(fill_index(train_index(FLAT, DIM, keys), [keys]), FLAT), store)
+    return ShardSearcher(FLAT, QueryEncoder(FLAT, None), IndexShard(FLAT, keys), store)
 
 
 def write_shards(

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from retro_ray.database.format import FileRecord, Manifest, file_record, write_manifest
 from retro_ray.database.store import Database
-from retro_ray.index.build import fill_index, train_index, write_index
+from retro_ray.index.build import fill_index, read_index, train_index, write_index
 
 
 def with_indexes(database: Database, **changes: Any) -> Database:
-    """The database with exact indexes of its keys, committed; and with fields of its manifest replaced."""
-    files: dict[str, FileRecord] = dict(database.manifest.files)
-    for shard, store in zip(database.manifest.segments, database.segments, strict=True):
-        keys = store.keys
-        path = database.directory / shard.index
-        write_index(fill_index(train_index(database.manifest.index, keys.shape[1], keys), [keys]), path)
-        files[shard.index] = file_record(path)
-    manifest = Manifest(**{**vars(database.manifest), "files": files, **changes})
+    """The database with the indexes that its manifest asks for, committed; and with fields of its manifest replaced."""
+    manifest = Manifest(**{**vars(database.manifest), **changes})
+    files: dict[str, FileRecord] = dict(manifest.files)
+    keys = [store.keys for store in database.segments]
+    paths = [segment.keys for segment in manifest.segments]
+    if not manifest.index.is_exact:
+        codec = f"{manifest.build}/codec.faiss"
+        write_index(train_index(manifest.index, manifest.key_dim, np.concatenate(keys)), database.directory / codec)
+        for segment, own_keys in zip(manifest.segments, keys, strict=True):
+            index = fill_index(read_index(database.directory / codec), [own_keys])
+            write_index(index, database.directory / segment.index)
+        paths += [codec, *(segment.index for segment in manifest.segments)]
+        manifest = Manifest(**{**vars(manifest), "codec": codec})
+    files |= {path: file_record(database.directory / path) for path in paths}
+    manifest = Manifest(**{**vars(manifest), "files": files})
     write_manifest(database.directory, manifest)
     return Database(database.directory, manifest)

@@ -65,7 +65,7 @@ def test_own_documents_end_where_the_next_begins(database: Database) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "missing"])
-@pytest.mark.parametrize("file", ["index", "chunks", "documents"])
+@pytest.mark.parametrize("file", ["keys", "chunks", "documents"])
 def test_a_damaged_shard_is_not_served(database: Database, file: str, damage: str) -> None:
     path = database.directory / getattr(database.manifest.segments[1], file)
     content = bytearray(path.read_bytes())

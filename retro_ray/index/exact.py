@@ -1,0 +1,117 @@
+"""Exact squared L2: distances to given rows of an array of keys, and its nearest rows.
+
+FAISS rounds distances differently for every batch and array size. What is computed here pair by pair
+depends on the pair alone, so that ties stay ties and no answer depends on batches or shards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import faiss
+import numpy as np
+
+from retro_ray.index.merge import Candidates, merge_candidates
+
+FAISS: Any = faiss
+"""The same library, for what its type stubs leave out."""
+_MARGIN = 8
+"""Rows fetched beyond those asked for, so that ties and rounding seldom need a second search."""
+
+
+def squared_distances(queries: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Squared L2 distances float32 [Q, C] of queries [Q, D] to `rows` int64 [Q, C] of keys [n, D]; infinity at -1.
+
+    All arrays C-contiguous; keys may be memory-mapped, only the rows are read.
+    """
+    distances = np.empty(rows.shape, np.float32)
+    if distances.size:
+        pointer = faiss.swig_ptr
+        FAISS.fvec_L2sqr_by_idx(
+            pointer(distances), pointer(queries), pointer(keys), pointer(rows), keys.shape[1], *rows.shape
+        )
+    return distances
+
+
+class ExactKeys:
+    """Exhaustive search of keys, float32 [n, D], in memory or memory-mapped; nothing is copied."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self._keys = keys
+        self._max_square = max((_max_square(block) for block in _blocks(keys)), default=0.0)
+
+    def candidates(self, queries: np.ndarray, num_rows: int, selector: faiss.IDSelector | None = None) -> Candidates:
+        """About the `num_rows` nearest rows of each query, with what can be said of the others.
+
+        Args:
+            queries: float32 [Q, D].
+            num_rows: how many.
+            selector: the rows to choose from; None: all.
+        """
+        num_rows = min(num_rows, len(self._keys))
+        rough = np.empty((len(queries), num_rows), np.float32)
+        rows = np.full((len(queries), num_rows), -1, np.int64)
+        if not rows.size:
+            return Candidates(rough, rough, rows, np.full(len(queries), np.inf, np.float32))
+        pointer = faiss.swig_ptr
+        queries = np.ascontiguousarray(queries, np.float32)
+        faiss.knn_L2sqr(
+            pointer(queries),
+            pointer(self._keys),
+            self._keys.shape[1],
+            len(queries),
+            len(self._keys),
+            num_rows,
+            pointer(rough),
+            pointer(rows),
+            None,
+            selector,
+        )
+        distances = squared_distances(queries, self._keys, rows)
+        seen_all = (rows[:, -1] < 0) | (num_rows == len(self._keys))
+        hidden_from = np.where(seen_all, np.inf, rough[:, -1] - self._rounding(queries))
+        return Candidates(distances, distances, rows, hidden_from.astype(np.float32))
+
+    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The `k` nearest rows, ties by row: distances float32 [Q, k], rows int64 [Q, k]; inf and -1 where missing."""
+        queries = np.ascontiguousarray(queries, np.float32)
+        distances, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        asked, num_rows = np.arange(len(queries)), k + _MARGIN
+        while len(asked):
+            found = merge_candidates([self.candidates(queries[asked], num_rows)], k, k)
+            distances[asked], rows[asked] = found.distances, found.ids
+            asked, num_rows = asked[found.unfinished], 4 * num_rows
+        return distances, rows
+
+    def _rounding(self, queries: np.ndarray) -> np.ndarray:
+        """How far off FAISS's distances of each query can be, [Q].
+
+        It batches them as |q|^2 + |x|^2 - 2 q x in float32: what is lost there grows with the lengths
+        of the vectors, not with their distance, and with the root of their dimensions.
+        """
+        squares = np.einsum("qd,qd->q", queries, queries) + self._max_square
+        return 2 * math.sqrt(queries.shape[1]) * np.finfo(np.float32).eps * squares
+
+
+@contextmanager
+def unbatched_distances() -> Iterator[None]:
+    """FAISS computes distances pair by pair meanwhile: slower, but the same whatever the batch."""
+    before = faiss.cvar.distance_compute_blas_threshold
+    faiss.cvar.distance_compute_blas_threshold = 1 << 30
+    try:
+        yield
+    finally:
+        faiss.cvar.distance_compute_blas_threshold = before
+
+
+def _blocks(keys: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(keys), 1 << 14):
+        yield keys[start : start + (1 << 14)]
+
+
+def _max_square(keys: np.ndarray) -> float:
+    """Squared length of the longest key."""
+    return float(np.einsum("nd,nd->n", keys, keys).max(initial=0.0))

@@ -1,0 +1,97 @@
+"""Rule 5: however keys are cut into segments and queries into batches, the answer is that of one index."""
+
+from functools import cache
+
+import faiss
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retro_ray.database.format import IndexSpec
+from retro_ray.index.build import train_index
+from tests.unit.index.parts import Parts, defined_neighbours
+
+DIM = 8
+# Few candidates of few lists: what the codes say, and the cut, decide.
+SPECS = [
+    IndexSpec(factory="Flat"),
+    IndexSpec(factory="IVF8,PQ4x4fs", nprobe=2, refine_factor=1.5),
+    IndexSpec(factory="IVF8,PQ2x4fs", nprobe=3, refine_factor=2),
+    IndexSpec(factory="PCAR4,IVF8,PQ2x4fs", nprobe=2, refine_factor=1),
+    IndexSpec(factory="IVF8,PQ4x4fsr", nprobe=3, refine_factor=1.5),
+    IndexSpec(factory="IVF8,SQ8", nprobe=2, refine_factor=1),
+    IndexSpec(factory="IVF8,RaBitQfs", nprobe=3, refine_factor=2),
+]
+
+
+@cache
+def codec(factory: str) -> faiss.Index | None:
+    if factory == "Flat":
+        return None
+    sample = np.random.default_rng(7).standard_normal((1000, DIM)).astype(np.float32)
+    return train_index(IndexSpec(factory=factory), DIM, sample)
+
+
+@st.composite
+def databases(draw: st.DrawFn) -> tuple[np.ndarray, list[int], np.ndarray | None]:
+    """Keys with ties and doubles, where segments start (empty ones among them), and what is deleted."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    num_rows = draw(st.integers(0, 120))
+    if draw(st.booleans()):
+        keys = rng.integers(-1, 2, (num_rows, DIM)).astype(np.float32)
+    else:
+        keys = rng.standard_normal((num_rows, DIM)).astype(np.float32)
+    if num_rows and draw(st.booleans()):  # doubled keys, far apart
+        keys = keys[rng.integers(0, max(1, num_rows // 4), num_rows)]
+    cuts = sorted(draw(st.lists(st.integers(0, num_rows), max_size=7)))
+    share = draw(st.sampled_from([None, 0.1, 0.5, 0.95, 1.0]))
+    return keys, cuts, None if share is None else rng.random(num_rows) < share
+
+
+@settings(max_examples=250)
+@given(
+    database=databases(),
+    spec=st.sampled_from(SPECS),
+    k=st.integers(1, 30),
+    seed=st.integers(0, 2**32 - 1),
+    excluding=st.booleans(),
+    batch=st.integers(1, 12),
+)
+def test_parts_and_batches_equal_the_whole(
+    database: tuple[np.ndarray, list[int], np.ndarray | None],
+    spec: IndexSpec,
+    k: int,
+    seed: int,
+    excluding: bool,
+    batch: int,
+) -> None:
+    keys, cuts, deleted = database
+    rng = np.random.default_rng(seed)
+    queries = rng.standard_normal((24, DIM)).astype(np.float32)
+    if len(keys):
+        queries[::2] = keys[rng.integers(0, len(keys), 12)]
+    excluded = None
+    if excluding:
+        excluded = np.sort(rng.integers(0, max(1, len(keys)), (24, 2)), axis=1)
+        excluded[::3] = -1
+    whole = Parts(spec, codec(spec.factory), keys, (), deleted)
+    distances, ids = whole.search(queries, k, excluded)
+
+    parts = Parts(spec, codec(spec.factory), keys, cuts, deleted)
+    for start in range(0, 24, batch):
+        cut = slice(start, start + batch)
+        found = parts.search(queries[cut], k, None if excluded is None else excluded[cut])
+        np.testing.assert_array_equal(found[0], distances[cut])
+        np.testing.assert_array_equal(found[1], ids[cut])
+
+    query = int(rng.integers(24))
+    allowed = np.ones(len(keys), bool) if deleted is None else ~deleted
+    if excluded is not None and excluded[query, 0] >= 0:
+        allowed[excluded[query, 0] : excluded[query, 1] + 1] = False
+    expected = defined_neighbours(spec, codec(spec.factory), keys, queries[query], k, allowed)
+    num_found = int((ids[query] >= 0).sum())
+    assert num_found == len(expected)
+    np.testing.assert_allclose(distances[query, :num_found], [d for d, _ in expected], rtol=1e-5)
+    if np.all(queries[query] == np.round(queries[query])) and np.all(keys == np.round(keys)):
+        # Sums of small integers are exact, so ties are the same ties here and there.
+        assert list(ids[query, :num_found]) == [row for _, row in expected]
