@@ -36,7 +36,8 @@ function showTab(id) {
 function startTheme() {
   const button = byId("theme");
   const root = document.documentElement;
-  const isDark = () => (root.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches && "dark")) === "dark";
+  const systemIsDark = matchMedia("(prefers-color-scheme: dark)");
+  const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : systemIsDark.matches);
   button.setAttribute("aria-pressed", String(isDark()));
   button.addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
@@ -134,7 +135,8 @@ function describe(completion, seconds, seed) {
   const parts = [];
   if (completion.usage) parts.push(`${completion.usage.completion_tokens} tokens`);
   parts.push(`${seconds.toFixed(1)} s`);
-  if (completion.numLookups) parts.push(completion.numLookups === 1 ? "1 look-up" : `${completion.numLookups} look-ups`);
+  const lookups = completion.numLookups;
+  if (lookups) parts.push(lookups === 1 ? "1 look-up" : `${lookups} look-ups`);
   parts.push(`seed ${seed}`);
   if (completion.finishReason === "stop") parts.push("came to an end");
   if (completion.finishReason === "length") parts.push("as long as asked");
@@ -147,6 +149,8 @@ function startWriting() {
     event.preventDefault();
     if (!running) write();
   });
+  // What is wrong in a setting must be seen to be put right.
+  form.addEventListener("invalid", (event) => byId("more").contains(event.target) && (byId("more").open = true), true);
   byId("stop").addEventListener("click", () => running?.abort());
   byId("key").addEventListener("change", (event) => {
     useApiKey(event.target.value);

@@ -20,19 +20,19 @@ export class NeighbourCard {
   constructor(neighbour) {
     this.element = element("li", "neighbour");
     const name = neighbour.title || neighbour.document_id;
+    const title = breakable(element("cite", "title"), name);
+    title.title = `Document ${neighbour.document_id}`;
     const head = element("p", "head");
     const distance = element("span", "distance", neighbour.distance.toFixed(2));
     distance.title = "Squared distance of the two chunks' embeddings: less is nearer";
     distance.prepend(element("span", "unseen", "distance "));
-    head.append(element("cite", "title", name), distance);
+    head.append(title, distance);
     this.element.append(head);
-    const origin = [neighbour.source, neighbour.document_id].filter((text) => text && text !== name);
-    const source = element("p", "source", [...new Set(origin)].join(" \u00b7 "));
-    if (origin.length) this.element.append(source);
+    if (neighbour.source) this.element.append(breakable(element("p", "source"), neighbour.source));
     this.#text = compact(neighbour.text).trimStart();
-    this.#whole = this.#text + compact(neighbour.continuation);
+    this.#whole = this.#text + compact(neighbour.continuation).trimEnd();
     this.#found = element("span", "found", this.#text);
-    this.#continuation = element("span", "continuation", compact(neighbour.continuation));
+    this.#continuation = element("span", "continuation", this.#whole.slice(this.#text.length));
     this.#continuation.title = "What follows the chunk that was found in its document; the model sees both";
     const body = element("p", "body");
     body.append(this.#found, this.#continuation);
@@ -55,6 +55,12 @@ export class NeighbourCard {
 /** A text without its blank lines, where there is little room. */
 export function compact(text) {
   return text.replaceAll(/\n(?:[ \t]*\n)+/g, "\n");
+}
+
+// Names of files and modules may be broken after their separators.
+function breakable(into, name) {
+  for (const part of name.split(/(?<=[./_\-])/)) into.append(part, document.createElement("wbr"));
+  return into;
 }
 
 // The parts of `runs` in [from, to), counted from there: a run may go over the end of a chunk.

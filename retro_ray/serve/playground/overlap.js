@@ -56,12 +56,20 @@ export function showRuns(element, text, runs) {
   const parts = [];
   let position = 0;
   for (const { start, end, length } of runs) {
-    const mark = document.createElement("mark");
-    mark.dataset.run = length >= 8 ? "long" : length >= 5 ? "middle" : "short";
-    mark.textContent = text.slice(start, end);
-    parts.push(text.slice(position, start), mark);
+    parts.push(text.slice(position, start));
+    // A mark for each line: the indentation between two lines stays blank.
+    for (const [i, line] of text.slice(start, end).split(/(\s*\n\s*)/).entries()) {
+      parts.push(i % 2 ? line : marked(line, length));
+    }
     position = end;
   }
   parts.push(text.slice(position));
   element.replaceChildren(...parts);
+}
+
+function marked(text, length) {
+  const mark = document.createElement("mark");
+  mark.dataset.run = length >= 8 ? "long" : length >= 5 ? "middle" : "short";
+  mark.textContent = text;
+  return mark;
 }

@@ -110,12 +110,14 @@ class CitedPassage {
     this.element = this.#coloured(element("span", "passage"), number);
     this.element.id = `passage-${number}`;
     this.#words = element("span", "words");
-    this.element.append(this.#numberLink(number, `neighbours-${number}`, `Neighbours of passage ${number}`), this.#words);
+    const toNeighbours = this.#numberLink(number, `neighbours-${number}`, `Neighbours of passage ${number}`);
+    this.element.append(toNeighbours, this.#words);
     this.lookup = this.#coloured(element("li", "lookup"), number);
     this.lookup.id = `neighbours-${number}`;
     this.#query = element("span", "query");
     const head = element("h3");
-    head.append(this.#numberLink(number, `passage-${number}`, `Passage ${number}`), "looked up: ", this.#query);
+    const toPassage = this.#numberLink(number, `passage-${number}`, `Passage ${number}`);
+    head.append(toPassage, "looked up: ", this.#query);
     this.#notes = element("div");
     this.#list = element("ol", "neighbours");
     this.lookup.append(head, this.#notes, this.#list);

@@ -19,9 +19,10 @@ async function request(path, { body, signal } = {}) {
   const headers = {};
   if (apiKey) headers.Authorization = `Bearer ${apiKey}`;
   if (body) headers["Content-Type"] = "application/json";
+  const method = body ? "POST" : "GET";
   let response;
   try {
-    response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal });
+    response = await fetch(path, { method, headers, body: body && JSON.stringify(body), signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServiceError("The service does not answer. Is it still running?");

@@ -1,4 +1,4 @@
-"""How the page is sent; what it does is tested in a browser, in tests/e2e/test_playground.py."""
+"""How the page is sent; what it does is tested in a browser, in tests/browser/."""
 
 import re
 from importlib import resources

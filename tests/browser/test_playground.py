@@ -1,115 +1,21 @@
-"""The page for people in a real browser, before the real HTTP face with a fixed story behind it."""
+"""What the playground does, in a real browser."""
 
 from __future__ import annotations
 
 import random
 import re
-import shutil
-from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 from retro_ray.generation.request import GenerationRequest
 from retro_ray.generation.sampling import SamplingConfig
 from retro_ray.serve.api import ApiSettings
 from retro_ray.serve.keys import KeyRing, parse_keys
-from tests.e2e.playground_service import FIRST, FOX, HOSTILE, LEAD, MARKUP, OFF, SECOND, StoryService, served
+from tests.browser.opened_page import background, marks, write, written
+from tests.browser.story_service import FIRST, FOX, HOSTILE, LEAD, MARKUP, OFF, SECOND, StoryService, served
 
-CHROMIUM = shutil.which("chromium")
 KEY = "a-key-of-enough-letters"
-NOT_ANSWERED = "Failed to load resource: "
-"""How the browser itself notes a refusal or a failure in its console, which no page can prevent."""
-
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no `chromium` here; `apt-get install chromium` lets these tests run"
-)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as playwright:
-        # Without its sandbox, which a container's root has not; it opens no page but ours.
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def story() -> StoryService:
-    return StoryService()
-
-
-@pytest.fixture(scope="module")
-def address(story: StoryService) -> Iterator[str]:
-    with served(story) as address:
-        yield address
-
-
-@pytest.fixture
-def service(story: StoryService) -> Iterator[StoryService]:
-    story.requests.clear()
-    story.searches.clear()
-    yield story
-    story.may_finish.set()
-
-
-@pytest.fixture
-def page(browser: Browser, address: str, service: StoryService) -> Iterator[Page]:
-    with opened(browser, address) as page:
-        yield page
-
-
-class opened:
-    """A new page, which fails at its end if anything went wrong in it or was asked of another host."""
-
-    def __init__(self, browser: Browser, address: str, **options) -> None:
-        self.context = browser.new_context(reduced_motion="reduce", **options)
-        self.context.set_default_timeout(10_000)
-        self.address = address
-        self.problems: list[str] = []
-
-    def __enter__(self) -> Page:
-        page = self.context.new_page()
-        # A violation of the page's policy is an error of the console, too.
-        page.on("console", self._note_message)
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("request", self._note_request)
-        page.goto(self.address)
-        expect(page.locator("#served")).not_to_be_empty()
-        return page
-
-    def __exit__(self, kind, *_details) -> None:
-        self.context.close()
-        assert kind is not None or self.problems == []
-
-    def _note_message(self, message) -> None:
-        if message.type in ("error", "warning") and not message.text.startswith(NOT_ANSWERED):
-            self.problems.append(message.text)
-
-    def _note_request(self, request) -> None:
-        if not request.url.startswith(self.address):
-            self.problems.append(f"asked for {request.url}")
-
-
-def write(page: Page, prompt: str = "Tell me", *, mode: str = "on") -> None:
-    page.get_by_label("Prompt").fill(prompt)
-    page.locator(f"input[name=mode][value={mode}]").check(force=True)
-    page.get_by_role("button", name="Write").click()
-
-
-def written(page: Page, prompt: str = "Tell me", *, mode: str = "on") -> None:
-    """Write, and wait until that is done."""
-    write(page, prompt, mode=mode)
-    expect(page.locator("#status")).to_have_text("Finished.")
-
-
-def marks(locator: Locator) -> list[str]:
-    return locator.locator("mark").all_text_contents()
-
-
-def background(locator: Locator) -> str:
-    return locator.evaluate("element => getComputedStyle(element).backgroundColor")
 
 
 def test_text_streams_in_coloured_passages_beside_their_neighbours(page: Page, service: StoryService) -> None:
@@ -134,7 +40,8 @@ def test_a_neighbour_has_title_source_distance_text_and_continuation(page: Page)
     written(page)
     fox, dog = page.locator("#neighbours-1 .neighbour").all()
     expect(fox.locator(".title")).to_have_text(FOX.title)
-    expect(fox.locator(".source")).to_have_text(f"{FOX.source} \u00b7 {FOX.document_id}")
+    expect(fox.locator(".title")).to_have_attribute("title", f"Document {FOX.document_id}")
+    expect(fox.locator(".source")).to_have_text(FOX.source)
     expect(fox.locator(".distance")).to_have_text("distance 0.25")
     expect(fox.locator(".found")).to_have_text(FOX.text.strip())
     expect(fox.locator(".continuation")).to_have_text(FOX.continuation)
@@ -226,11 +133,22 @@ def test_what_is_left_empty_is_left_to_the_service(page: Page, service: StorySer
     expect(page.locator("#margin")).to_have_text("Retrieval is off: the model writes by itself.")
 
 
+def test_a_setting_out_of_range_is_shown_and_nothing_is_asked(page: Page, service: StoryService) -> None:
+    page.get_by_text("More settings").click()
+    page.get_by_label("Top p").fill("5")
+    page.get_by_text("More settings").click()
+    expect(page.get_by_label("Top p")).not_to_be_visible()
+    write(page)
+    expect(page.get_by_label("Top p")).to_be_focused()
+    assert service.requests == []
+
+
 def test_markup_in_documents_and_text_is_shown_and_not_run(page: Page) -> None:
     written(page, "hostile")
     shown = page.locator("#neighbours-1 .neighbour")
     expect(shown.locator(".title")).to_have_text(HOSTILE.title)
-    expect(shown.locator(".source")).to_have_text(f"{HOSTILE.source} \u00b7 {HOSTILE.document_id}")
+    expect(shown.locator(".source")).to_have_text(HOSTILE.source)
+    expect(shown.locator(".title")).to_have_attribute("title", f"Document {HOSTILE.document_id}")
     expect(shown.locator(".found")).to_have_text(HOSTILE.text)
     expect(shown.locator(".continuation")).to_have_text(HOSTILE.continuation)
     expect(page.locator("#passage-1 .words")).to_have_text(MARKUP)
@@ -324,133 +242,6 @@ def test_a_key_is_asked_for_where_one_is_needed(browser: Browser) -> None:
         written(page)
         assert KEY not in page.url
         context.close()
-
-
-def test_everything_can_be_done_by_keyboard(page: Page) -> None:
-    def tab_to(name: str) -> None:
-        for _ in range(20):
-            page.keyboard.press("Tab")
-            focused = page.locator(":focus")
-            assert focused.evaluate("element => getComputedStyle(element).outlineStyle") != "none" or (
-                focused.evaluate("element => getComputedStyle(element.nextElementSibling).outlineStyle") != "none"
-            ), "what has the focus does not show it"
-            if focused.evaluate(
-                "element => element.ariaLabel || element.labels?.[0]?.innerText || element.innerText"
-            ).startswith(name):
-                return
-        pytest.fail(f"Tab does not lead to {name}")
-
-    tab_to("Write")  # the tab
-    page.keyboard.press("ArrowRight")
-    expect(page.get_by_role("tab", name="Search")).to_be_focused()
-    tab_to("Dark theme")
-    tab_to("What to look for")
-    page.keyboard.type("fox")
-    page.keyboard.press("Enter")
-    expect(page.locator("#hits .neighbour")).to_have_count(3)
-    tab_to("Use as prompt")
-    page.keyboard.press("Enter")
-    expect(page.get_by_label("Prompt")).to_be_focused()
-    tab_to("On")
-    page.keyboard.press("ArrowRight")
-    page.keyboard.press("ArrowRight")
-    tab_to("Temperature")
-    tab_to("Write")
-    page.keyboard.press("Enter")
-    expect(page.locator("#status")).to_have_text("Finished.")
-    expect(page.locator(".completion")).to_have_count(2)
-    expect(page.get_by_role("button", name="Write")).to_be_focused()
-    tab_to("Neighbours of passage 1")
-    page.keyboard.press("Enter")
-    expect(page.locator("#neighbours-1")).to_be_focused()
-    tab_to("Passage 1")
-    page.keyboard.press("Enter")
-    expect(page.locator("#passage-1")).to_be_focused()
-    page.get_by_label("Prompt").focus()
-    with page.expect_request("**/v1/completions"):
-        page.keyboard.press("Control+Enter")
-
-
-@pytest.mark.parametrize("mode", ["on", "compare"])
-def test_a_phone_shows_everything_in_one_column(browser: Browser, address: str, service: StoryService, mode) -> None:
-    with opened(browser, address, viewport={"width": 360, "height": 800}, has_touch=True) as page:
-        page.get_by_text("More settings").click()
-        written(page, mode=mode)
-        assert page.evaluate("() => document.documentElement.scrollWidth") == 360
-        text, neighbours = page.locator("#results").bounding_box(), page.locator("#margin").bounding_box()
-        assert text
-        assert neighbours
-        assert text["y"] + text["height"] <= neighbours["y"]
-        page.locator("#passage-2 .words").tap()
-        expect(page.locator("#neighbours-2")).to_be_in_viewport()
-        page.get_by_role("tab", name="Search").click()
-        page.get_by_label("What to look for").fill("fox " * 60)
-        page.keyboard.press("Enter")
-        expect(page.locator("#hits .neighbour")).to_have_count(3)
-        assert page.evaluate("() => document.documentElement.scrollWidth") == 360
-
-
-@pytest.mark.parametrize("system", ["light", "dark"])
-def test_the_theme_is_the_systems_until_one_is_chosen(browser: Browser, address: str, service, system) -> None:
-    with opened(browser, address, color_scheme=system) as page:
-        body = page.locator("body")
-        before = background(body)
-        assert (brightness(before) < 100) == (system == "dark")
-        page.get_by_role("button", name="Dark theme").click()
-        after = background(body)
-        assert (brightness(after) < 100) == (system == "light")
-        page.reload()
-        assert background(body) == after
-
-
-def brightness(colour: str) -> float:
-    return sum(float(number) for number in re.findall(r"[\d.]+", colour)[:3]) / 3
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_text_stands_out_from_its_ground_in_every_colour(browser: Browser, address: str, service, theme) -> None:
-    """WCAG's contrast of 4.5, measured on the pixels that the browser would paint."""
-    with opened(browser, address, color_scheme=theme) as page:
-        written(page)
-        for colour in range(8):
-            ratios = page.evaluate(CONTRASTS, colour)
-            assert len(ratios) == 5
-            assert min(ratios.values()) >= 4.5, (colour, ratios)
-
-
-CONTRASTS = """colour => {
-  const passage = document.getElementById("passage-1");
-  const lookup = document.getElementById("neighbours-1");
-  passage.dataset.colour = lookup.dataset.colour = colour;
-  const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
-  const luminance = (...layers) => {
-    canvas.clearRect(0, 0, 1, 1);
-    for (const layer of layers) { canvas.fillStyle = layer; canvas.fillRect(0, 0, 1, 1); }
-    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].slice(0, 3).map((value) => {
-      const part = value / 255;
-      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
-    });
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const of = (element, property) => getComputedStyle(element)[property];
-  const paper = of(document.body, "backgroundColor");
-  const contrast = (text, ...grounds) => {
-    const [low, high] = [luminance(...grounds, text), luminance(...grounds)].sort((a, b) => a - b);
-    return (high + 0.05) / (low + 0.05);
-  };
-  const mark = passage.querySelector("mark");
-  mark.dataset.run = "long";
-  const far = lookup.querySelector("mark");
-  far.dataset.run = "long";
-  const number = passage.querySelector(".number");
-  return {
-    passage: contrast(of(passage, "color"), paper, of(passage, "backgroundColor")),
-    mark: contrast(of(mark, "color"), paper, of(passage, "backgroundColor"), of(mark, "backgroundColor")),
-    number: contrast(of(number, "color"), paper, of(number, "backgroundColor")),
-    found: contrast(of(lookup.querySelector(".found"), "color"), paper),
-    shared: contrast(of(far, "color"), paper, of(far, "backgroundColor")),
-  };
-}"""
 
 
 def test_an_address_brings_the_form_back_and_starts_nothing(page: Page, address: str, service: StoryService) -> None:
