@@ -27,6 +27,8 @@ class IndexJob:
     """Folder of everything retro_ray keeps; all nodes of a cluster must share it."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
+    discard_edits: bool = False
+    """Build anew a database that was edited since it was built, without what was added to it."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -41,7 +43,7 @@ def main(job: IndexJob) -> None:
     home = job.home.expanduser().absolute()
     with redirect_stdout(sys.stderr):  # the result alone is output; Ray prints its own warnings there
         connect()
-        manifest = DatabaseBuilder(home, job.corpus, job.database).run()
+        manifest = DatabaseBuilder(home, job.corpus, job.database, discard_edits=job.discard_edits).run()
     result = describe_build(home, manifest, time.perf_counter() - start)
     print(json.dumps(result, indent=2) if job.json else as_lines(result))
 

@@ -10,67 +10,54 @@ again, and nothing is a database before its manifest is written.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import logging
-import os
-import platform
 import shutil
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import ray
-import ray.data
-import transformers
-from fsspec.core import url_to_fs
 
-from retro_ray.allocator import FAST_ALLOCATOR_ENV
 from retro_ray.config import CorpusConfig, DatabaseConfig
 from retro_ray.database import survey as surveys
 from retro_ray.database.assemble import assemble_partition
-from retro_ray.database.embed_pages import PageEmbedder, chunk_units, unit_is_finished
+from retro_ray.database.build_plan import plan_build
+from retro_ray.database.commit import (
+    WORK_NAME,
+    commit,
+    committed,
+    database_lock,
+    next_generation,
+    remove_leftovers,
+)
+from retro_ray.database.embed_pages import unit_is_finished
+from retro_ray.database.embed_units import embed_units
 from retro_ray.database.format import (
-    FORMAT_VERSION,
     MANIFEST_NAME,
     FileRecord,
     IndexSpec,
     Manifest,
     Partition,
     database_directory,
-    fingerprint,
-    read_manifest,
-    write_manifest,
 )
 from retro_ray.database.keys import sample_keys
-from retro_ray.database.pages import CHUNKS_PER_PAGE
 from retro_ray.database.split import VALIDATION, Split
 from retro_ray.database.tasks import fill_shard, named_problem, named_record, search_neighbours, survey_to_disk
-from retro_ray.embedding import ChunkEmbedder
-from retro_ray.errors import ConfigError, DatabaseError
+from retro_ray.errors import DatabaseError
 from retro_ray.index.build import choose_index, num_training_keys, train_index, write_index
-from retro_ray.progress import progress_bar
-from retro_ray.ray_session import num_cluster_gpus, num_free_cpus, run_tasks
+from retro_ray.ray_session import run_tasks
 from retro_ray.retrieval.shard_actor import stop_shard_actors
-from retro_ray.text import python_docs
-from retro_ray.text.corpus import ReadUnit, SkippedRecord, plan_units
+from retro_ray.text.corpus import ReadUnit, SkippedRecord
 from retro_ray.text.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
 logger = logging.getLogger(__name__)
 
 _BYTES_PER_SHARD = 16 << 30
 _MIN_SHARDS = 2
-# Ray Data cuts blocks at this size. A page is larger, so every page is a block and all embedders get some.
-_BLOCK_BYTES = 1 << 15
-# An embedder actor and a chunking task that feeds it share a CPU, so that both run where there is only one.
-_CPUS_PER_EMBEDDER = 0.75
-_CPUS_PER_CHUNKER = 0.25
 
 
 class DatabaseBuilder:
@@ -80,10 +67,13 @@ class DatabaseBuilder:
         home: folder that all nodes of the cluster share.
         corpus: what to read.
         config: what to make of it.
+        discard_edits: build anew a database that was edited since it was built.
     """
 
-    def __init__(self, home: Path, corpus: CorpusConfig, config: DatabaseConfig) -> None:
-        self._home = home
+    def __init__(
+        self, home: Path, corpus: CorpusConfig, config: DatabaseConfig, *, discard_edits: bool = False
+    ) -> None:
+        self._discard_edits = discard_edits
         self._directory = database_directory(home)
         self._corpus = corpus
         self._config = config
@@ -93,17 +83,19 @@ class DatabaseBuilder:
         """Build and commit.
 
         Raises:
-            RetroRayError: the input, a setting or the disk is not as needed. The database that was
-                there before is untouched, and finished work is kept for the next run.
+            RetroRayError: the input, a setting or the disk is not as needed, or the database was edited. What
+                was there before is untouched, and finished work is kept for the next run.
         """
-        with self._lock():
+        with database_lock(self._directory, "building it"):
             with self._stage("plan"):
                 units = self._plan()
             self._remove_torn_files()
             if (manifest := self._existing()) is not None:
-                logger.info("the database in %s is up to date (version %s)", self._directory, manifest.version)
+                edits = f", with {manifest.num_edits} edits, which --discard-edits undoes" if manifest.num_edits else ""
+                logger.info("the database in %s is up to date (version %s%s)", self._directory, manifest.version, edits)
                 self._clear_work(manifest)
                 return manifest
+            base = committed(self._directory)
             with self._stage("survey"):
                 hashes, skipped = self._survey(units)
             split = Split.of(hashes, self._num_shards(units), self._config.validation_share, self._config.seed)
@@ -117,7 +109,7 @@ class DatabaseBuilder:
                 manifest = self._index(partitions, tokenizer, skipped)
             with self._stage("neighbours"):
                 manifest = self._find_neighbours(manifest)
-            return self._commit(manifest, skipped)
+            return self._commit(manifest, base, skipped)
 
     @property
     def _build(self) -> Path:
@@ -125,7 +117,7 @@ class DatabaseBuilder:
 
     @property
     def _work(self) -> Path:
-        return self._build / "work"
+        return self._build / WORK_NAME
 
     @property
     def _pages(self) -> Path:
@@ -143,60 +135,37 @@ class DatabaseBuilder:
         self._stage_seconds[name] = round(time.perf_counter() - start, 3)
         logger.info("%s: %.1f s", name, self._stage_seconds[name])
 
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            lock = (self._directory / ".lock").open("w")
-        except OSError as error:
-            raise ConfigError(
-                f"cannot write to --home {self._home} ({os.strerror(error.errno or 0)}): pass a folder that can be "
-                "written to"
-            ) from error
-        with lock as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise DatabaseError(
-                    f"another job is building the database in {self._directory}: wait for it, or pass another --home"
-                ) from None
-            yield
-
     def _plan(self) -> list[ReadUnit]:
-        """Divide the input into units; what is asked for names the build."""
-        units = plan_units(self._corpus)
-        embedder = ChunkEmbedder(self._config.embedder, device="cpu", bf16=False)
-        self._embedder_fingerprint, self._key_dim = embedder.fingerprint, embedder.dim
-        self._build_id = fingerprint(
-            {
-                "format_version": FORMAT_VERSION,
-                "chunks_per_page": CHUNKS_PER_PAGE,
-                "corpus": dataclasses.asdict(self._corpus),
-                "config": dataclasses.asdict(self._config),
-                "embedder": self._embedder_fingerprint,
-                "units": [unit.to_dict() for unit in units],
-                "files": [_file_identities(unit) for unit in units],
-            }
-        )
+        """Decide what to read; what is asked for names the build."""
+        plan = plan_build(self._corpus, self._config)
+        self._build_id = plan.build_id
+        self._embedder_fingerprint, self._key_dim = plan.embedder_fingerprint, plan.key_dim
         self._pages.mkdir(parents=True, exist_ok=True)
-        return units
+        return plan.units
 
     def _existing(self) -> Manifest | None:
-        """The committed manifest, if it is of this very build."""
-        try:
-            manifest = read_manifest(self._directory)
-        except DatabaseError as error:
-            logger.debug("no usable database yet: %s", error)
-            return None
-        if manifest.build != self._build_id:
-            return None
-        if damaged := self._damaged_files(manifest):
+        """The committed manifest, if it is of this very build.
+
+        Raises:
+            DatabaseError: it must be built anew, and was edited.
+        """
+        base, damaged = committed(self._directory), []
+        if base is not None and base.build == self._build_id:
+            damaged = self._damaged_files(base)
+            if not damaged and not (base.num_edits and self._discard_edits):
+                return base
+        if base is not None and base.num_edits and not self._discard_edits:
+            what = f"is damaged ({damaged[0][0]} {damaged[0][1]})" if damaged else "is not of this input and settings"
+            raise DatabaseError(
+                f"the database in {self._directory} {what}, and was edited {base.num_edits} times since it was built: "
+                "pass --discard-edits to build it anew without what was added, deleted and updated, or another --home"
+            )
+        if damaged:
             logger.warning("%s %s: the database is built again", *damaged[0])
             shutil.rmtree(self._build, ignore_errors=True)
             (self._directory / MANIFEST_NAME).unlink()  # last: until then the next run sees the damage, too
             self._pages.mkdir(parents=True)
-            return None
-        return manifest
+        return None
 
     def _damaged_files(self, manifest: Manifest) -> list[tuple[Path, str]]:
         """Files that are not what the manifest says, and what is wrong with each."""
@@ -260,48 +229,16 @@ class DatabaseBuilder:
         todo = [unit for unit in units if not unit_is_finished(self._pages, unit.index)]
         if not todo:
             return
-        context = ray.data.DataContext.get_current()
-        context.target_max_block_size = _BLOCK_BYTES
-        # One bar of ours, in chunks, in place of Ray Data's bars and its lines about each stage.
-        context.enable_progress_bars = False
-        context.raise_original_map_exception = True  # Ray Data's own hides what failed: a full disk, say
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        num_cpus, num_gpus = num_free_cpus(), num_cluster_gpus()
-        num_embedders = num_gpus or num_cpus
-        embedder_resources: dict[str, Any] = {"num_gpus": 1} if num_gpus else {"num_cpus": _CPUS_PER_EMBEDDER}
-        receipts = (
-            ray.data.from_items([{"unit": json.dumps(unit.to_dict())} for unit in todo], override_num_blocks=len(todo))
-            .map_batches(
-                chunk_units,  # pyright: ignore[reportArgumentType] (generators are accepted, but not declared)
-                fn_kwargs={
-                    "pages": self._pages,
-                    "corpus": self._corpus,
-                    "split": split,
-                    "tokenizer_folder": self._tokenizer_folder,
-                    "chunk_length": self._config.chunk_length,
-                },
-                batch_size=1,
-                compute=ray.data.TaskPoolStrategy(size=max(1, num_cpus // 4)),
-                num_cpus=_CPUS_PER_CHUNKER,
-                runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
-            )
-            .map_batches(
-                PageEmbedder,
-                fn_constructor_args=(self._pages, self._tokenizer_folder, self._config.embedder, 1),
-                batch_size=1,
-                compute=ray.data.ActorPoolStrategy(size=num_embedders),
-                runtime_env={"env_vars": {**FAST_ALLOCATOR_ENV, "TOKENIZERS_PARALLELISM": "false"}},
-                **embedder_resources,
-            )
-        )
         bytes_per_chunk = self._config.chunk_length * self._bytes_per_token(units, tokenizer)
-        estimate = int(self._num_text_bytes / bytes_per_chunk)
-        with progress_bar(estimate, "embed", " chunks") as bar, warnings.catch_warnings():
-            # A small corpus has fewer pages than there are embedders.
-            warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-            for batch in receipts.iter_batches(batch_size=None):
-                bar.update(int(np.sum(batch["num_chunks"])))
-            bar.total = bar.n
+        embed_units(
+            todo,
+            self._corpus,
+            self._config,
+            split,
+            pages=self._pages,
+            tokenizer_folder=self._tokenizer_folder,
+            num_chunks=int(self._num_text_bytes / bytes_per_chunk),
+        )
         unfinished = [unit.index for unit in units if not unit_is_finished(self._pages, unit.index)]
         if unfinished:
             raise DatabaseError(f"units {unfinished[:10]} were not embedded completely: start the job again to go on")
@@ -393,56 +330,31 @@ class DatabaseBuilder:
     def _neighbours_of(self, partition: Partition) -> Path:
         return self._directory / partition.neighbours
 
-    def _commit(self, manifest: Manifest, skipped: list[SkippedRecord]) -> Manifest:
+    def _commit(self, manifest: Manifest, base: Manifest | None, skipped: list[SkippedRecord]) -> Manifest:
         """Write the manifest; then clear away what it makes superfluous."""
         with (self._build / "skipped.jsonl").open("w", encoding="utf-8") as file:
             for record in skipped:
                 file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
-        previous, generation = _committed(self._directory)
+        generation = next_generation(base)
         partitions = [*manifest.segments, *([manifest.validation] if manifest.validation else [])]
-        searched = [dataclasses.replace(part, neighbours_generation=generation + 1) for part in partitions]
+        searched = [dataclasses.replace(part, neighbours_generation=generation) for part in partitions]
         manifest = dataclasses.replace(
             manifest,
-            generation=generation + 1,
+            generation=generation,
+            built_generation=generation,
             segments=tuple(searched[: len(manifest.segments)]),
             validation=searched[-1] if manifest.validation else None,
             stage_seconds=self._stage_seconds,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        write_manifest(self._directory, manifest)
-        manifest = read_manifest(self._directory)
-        # A service may still read the version before this one; older ones and abandoned builds go.
-        for folder in self._directory.iterdir():
-            if folder.is_dir() and folder.name not in (self._build_id, previous):
-                shutil.rmtree(folder)
+        manifest = commit(self._directory, manifest, base, manifest.files)
+        # A service may still read the generation before this one; older ones and abandoned builds go.
+        remove_leftovers(self._directory, [manifest, *([base] if base else [])], keep_unfinished=False)
         self._clear_work(manifest)
         return manifest
 
     def _clear_work(self, manifest: Manifest) -> None:
         """What a committed build needs no longer; also after a run that was killed before it came to that."""
-        shutil.rmtree(self._work)
+        shutil.rmtree(self._work, ignore_errors=True)
         for summary in self._build.glob("*/partition.json"):
             summary.unlink()
         stop_shard_actors(self._directory, except_version=manifest.version)
-
-
-def _file_identities(unit: ReadUnit) -> list[list[str]]:
-    """Name, size and time of change of a unit's files, so that changed input is another build."""
-    if unit.format == python_docs.NAME:
-        return [[transformers.__version__, platform.python_version()]]  # where its modules come from
-    identities = []
-    for file in unit.files:
-        storage, path = url_to_fs(file)
-        details = storage.info(path)
-        changed = details.get("ETag") or details.get("mtime") or details.get("LastModified")
-        identities.append([file, str(details.get("size")), str(changed)])
-    return identities
-
-
-def _committed(directory: Path) -> tuple[str | None, int]:
-    """Build and generation of the database that is there; None and 0 where none is."""
-    try:
-        manifest = read_manifest(directory)
-    except DatabaseError:
-        return None, 0
-    return manifest.build, manifest.generation

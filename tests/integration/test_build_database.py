@@ -223,7 +223,7 @@ def test_a_damaged_database_is_built_again(built: Built, tmp_path: Path) -> None
 def test_of_two_builders_at_once_the_second_is_told(built: Built, tmp_path: Path) -> None:
     class First(DatabaseBuilder):
         def _plan(self) -> list:
-            with pytest.raises(DatabaseError, match="another job is building the database") as caught:
+            with pytest.raises(DatabaseError, match="being changed .building it, process") as caught:
                 DatabaseBuilder(tmp_path, built.corpus, CONFIG).run()
             assert "\n" not in str(caught.value)
             raise InterruptedError

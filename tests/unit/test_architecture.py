@@ -27,6 +27,7 @@ LAYERS = [
 TURNED = {
     ("database/build.py", "retrieval"),
     ("database/build.py", "ray_session"),
+    ("database/embed_units.py", "ray_session"),
     ("database/edit_index.py", "retrieval"),
     ("database/tasks.py", "retrieval"),
 }
@@ -34,6 +35,7 @@ TURNED = {
 RAY_MODULES = {
     "commands/demo.py",
     "database/build.py",
+    "database/embed_units.py",
     "evaluation/evaluate.py",
     "ray_session.py",
     "retrieval/open.py",
