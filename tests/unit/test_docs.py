@@ -16,6 +16,7 @@ README = (ROOT / "README.md").read_text()
 def test_every_path_in_the_readme_exists() -> None:
     paths = set(re.findall(r"`((?:retro_ray|jobs|cluster|benchmarks)/[\w./]*)`", README))
     assert len(paths) > 10
+    paths |= set(re.findall(r"\]\(([^):#]+)\)", README))  # links and pictures
     missing = [path for path in paths if not (ROOT / path).exists()]
     assert not missing
 
