@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,16 +18,27 @@ PromptOf = Callable[[int], str]
 
 
 def generate_naively(
-    model: RetroModel, tokenizer: TextTokenizer, search: HashSearch | None, prompt: str, num_tokens: int, k: int
+    model: RetroModel,
+    tokenizer: TextTokenizer,
+    search: HashSearch | None,
+    prompt: str,
+    num_tokens: int,
+    k: int,
+    query_length: int = M,
 ) -> list[int]:
-    """The definition: for every token, retrieve for all finished chunks and run the full forward pass."""
+    """The definition: for every token, retrieve for all finished chunks and run the full forward pass.
+
+    Chunks that the prompt does not finish are searched for by their first `query_length` tokens.
+    """
     tokens = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     num_prompt_tokens = len(tokens)
     while len(tokens) < num_prompt_tokens + num_tokens:
         chunks = [tokens[start : start + M] for start in range(0, len(tokens) - M + 1, M)]
         neighbours = mask = None
         if search is not None and chunks:
-            found = search.retrieve_chunks(chunks, k)
+            in_prompt = num_prompt_tokens // M
+            queries = [chunk if u < in_prompt else chunk[:query_length] for u, chunk in enumerate(chunks)]
+            found = search.retrieve_chunks(queries, k)
             neighbours, mask = torch.tensor(found.tokens)[None], torch.tensor(found.mask)[None]
         logits = model(torch.tensor([tokens]), neighbours_BLKR=neighbours, neighbour_mask_BLKR=mask)
         tokens.append(int(logits[0, -1].argmax()))
@@ -47,6 +59,22 @@ def test_greedy_generation_equals_recomputing_everything_for_every_token(
     assert list(result.token_ids) == expected
     # Retrieval decides tokens here, so that the equality says something about it.
     assert expected != generate_naively(model, tokenizer, None, prompt, 4 * M, num_neighbours)
+
+
+@pytest.mark.parametrize("num_prompt_tokens", [1, M - 1, M, M + 3, 2 * M])
+def test_prefetch_asks_with_three_quarters_of_a_chunk(
+    model, tokenizer, search, prompt_of: PromptOf, num_prompt_tokens: int
+) -> None:
+    prompt = prompt_of(num_prompt_tokens)
+    request = GenerationRequest(prompt=prompt, max_tokens=4 * M, sampling=GREEDY)
+    [result] = GenerationEngine(model, tokenizer, search, prefetch=True).generate([request])
+    assert list(result.token_ids) == generate_naively(model, tokenizer, search, prompt, 4 * M, 2, 3 * M // 4)
+    assert list(result.token_ids) != generate_naively(model, tokenizer, search, prompt, 4 * M, 2)
+    tokens = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist(), *result.token_ids]
+    for citation in result.citations:
+        start = (citation.chunk - 1) * M
+        searched = M if citation.chunk * M <= num_prompt_tokens else 3 * M // 4
+        assert citation.query == tokenizer.decode(tokens[start : start + searched])
 
 
 def mixed_requests(prompt_of: PromptOf) -> list[GenerationRequest]:
@@ -201,11 +229,46 @@ def test_a_request_beyond_the_context_names_the_limit_and_both_numbers(model, to
         engine.start(GenerationRequest(prompt=prompt_of(context - 2), max_tokens=3))
 
 
+def test_prompts_as_text_and_as_tokens_are_alike(model, tokenizer, search, prompt_of: PromptOf) -> None:
+    engine = GenerationEngine(model, tokenizer, search)
+    prompt = prompt_of(M + 2)
+    tokens = tuple(tokenizer.encode(prompt).tolist())
+    as_text = GenerationRequest(prompt=prompt, max_tokens=2 * M, sampling=GREEDY)
+    as_tokens = [replace(as_text, prompt="", prompt_tokens=given) for given in (tokens, (tokenizer.bos_id, *tokens))]
+    expected = engine.generate([as_text])[0]
+    assert engine.generate(as_tokens) == [expected, expected]
+    assert engine.generate([replace(as_tokens[0], prompt_tokens=())]) == engine.generate([replace(as_text, prompt="")])
+
+
+@pytest.mark.parametrize("token", [-1, 280])
+def test_a_token_that_the_model_does_not_know_is_named(model, tokenizer, token: int) -> None:
+    assert model.config.vocab_size == 280
+    with pytest.raises(PromptError, match=f"the prompt has token {token}; the model's tokens are 0 to 279"):
+        GenerationEngine(model, tokenizer, None).start(GenerationRequest(prompt_tokens=(1, token)))
+
+
+def test_an_echo_begins_with_the_prompt(model, tokenizer, search, prompt_of: PromptOf) -> None:
+    engine = GenerationEngine(model, tokenizer, search)
+    request = GenerationRequest(prompt=prompt_of(2 * M + 1), max_tokens=2 * M, sampling=GREEDY, stop=("65",))
+    [plain, echoed] = engine.generate([request, replace(request, echo=True)])
+    assert echoed.text == request.prompt + plain.text
+    assert "65" in request.prompt
+    assert echoed.token_ids == plain.token_ids
+    for mine, theirs in zip(echoed.citations, plain.citations, strict=True):
+        assert theirs.text_end is not None
+        assert mine.text_start == theirs.text_start + len(request.prompt)
+        assert mine.text_end == theirs.text_end + len(request.prompt)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"max_tokens": 0}, "max_tokens is 0; it must be at least 1, or 0 together with echo"),
+        ({"prompt": "a", "prompt_tokens": (1,)}, "both prompt and prompt_tokens are given"),
+        ({"max_tokens": -1, "echo": True}, "max_tokens is -1"),
         ({"stop": ("a", "")}, "stop has an empty string"),
+        ({"logprobs": 6}, "logprobs is 6; it must be from 0 to 5"),
+        ({"deadline_s": 0.0}, "deadline_s is 0.0; it must be above 0"),
         ({"num_neighbours": 0}, "num_neighbours is 0; it must be from 1 to"),
         ({"num_neighbours": 65}, "num_neighbours is 65; it must be from 1 to"),
     ],

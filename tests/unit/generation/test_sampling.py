@@ -7,13 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from retro_ray.errors import PromptError
-from retro_ray.generation.sampling import SamplingConfig, sample_token, token_probabilities
+from retro_ray.generation.sampling import SamplingConfig, penalise_repetition, sample_token, token_probabilities
 
 
 def logits_of(*probabilities: float) -> torch.Tensor:
@@ -69,6 +70,21 @@ def test_the_filters_together_equal_those_of_transformers(seed, vocab_size, temp
     np.testing.assert_allclose(token_probabilities(logits[0], config), reference.softmax(-1)[0], atol=1e-12)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    seen=st.lists(st.integers(0, 29), min_size=1, max_size=20),
+    penalty=st.sampled_from([0.5, 1.0, 1.7]),
+)
+def test_the_repetition_penalty_is_that_of_transformers(seed: int, seen: list[int], penalty: float) -> None:
+    logits = 3 * torch.randn(30, generator=torch.Generator().manual_seed(seed))
+    before = logits.clone()
+    penalised = penalise_repetition(logits, seen, SamplingConfig(repetition_penalty=penalty))
+    expected = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([seen]), logits[None])[0]
+    torch.testing.assert_close(penalised, expected)
+    torch.testing.assert_close(logits, before, rtol=0, atol=0)
+
+
 def test_temperature_zero_takes_the_likeliest() -> None:
     config = SamplingConfig(temperature=0, seed=1)
     assert sample_token(logits_of(0.2, 0.5, 0.3), config, config.new_generator()) == 1
@@ -107,7 +123,15 @@ def test_half_precision_logits_and_a_vocabulary_with_impossible_tokens() -> None
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -0.1), ("temperature", math.nan), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", 2.0)],
+    [
+        ("temperature", -0.1),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("min_p", 2.0),
+        ("repetition_penalty", 0.0),
+    ],
 )
 def test_a_value_out_of_range_is_named(name: str, value: float) -> None:
     with pytest.raises(PromptError, match=f"^{name} is {value}"):
