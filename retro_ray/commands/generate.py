@@ -73,10 +73,11 @@ class Generate:
             print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False))
         else:
             print(self.prompt, end="", flush=True)
-            print(citations_as_text(asyncio.run(_print_as_it_comes(engine, request))))
+            print(citations_as_text(asyncio.run(print_as_it_comes(engine, request))))
 
 
-async def _print_as_it_comes(engine: GenerationEngine, request: GenerationRequest) -> GenerationResult:
+async def print_as_it_comes(engine: GenerationEngine, request: GenerationRequest) -> GenerationResult:
+    """Generate, and print the text while it is being generated."""
     from retro_ray.generation.events import Finished, TextDelta
     from retro_ray.generation.scheduler import GenerationScheduler
 
