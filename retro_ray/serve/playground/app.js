@@ -1,6 +1,7 @@
 // The page: tabs, theme, and the form that starts completions.
 
-import { ResultView, linkPassages, reveal } from "./result.js";
+import { linkPassages, reveal } from "./links.js";
+import { ResultView } from "./result.js";
 import { startSearch } from "./search.js";
 import { ServiceError, fetchJson, streamCompletion, useApiKey } from "./service.js";
 import { fillFromAddress, keepInAddress, requestOf } from "./settings.js";
@@ -64,10 +65,12 @@ async function showServedModel() {
 function showFailure(error) {
   byId("failure").textContent = error.message;
   byId("failure").hidden = false;
-  if (error.status === 401 || error.status === 403) {
-    byId("more").open = true;
-    byId("key").focus();
-  }
+  if (error.status === 401) askForKey();
+}
+
+function askForKey() {
+  byId("more").open = true;
+  byId("key").focus();
 }
 
 function setRunning(controller) {
@@ -124,7 +127,7 @@ async function follow(view, request, signal) {
     }
     if (!(error instanceof ServiceError)) console.error(error);
     view.end(summary(), error.message);
-    if (error.status === 401 || error.status === 403) showFailure(error);
+    if (error.status === 401) askForKey();
     return "Failed.";
   }
   view.end(summary());
