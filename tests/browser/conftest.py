@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.browser.opened_page import opened
+from tests.browser.opened_page import PATIENCE_MS, opened
 from tests.browser.story_service import StoryService, served
 
 
@@ -20,6 +20,7 @@ def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
         # Without its sandbox, which a container's root has not; it opens no page but ours.
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        expect.set_options(timeout=PATIENCE_MS)
         yield browser
         browser.close()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from playwright.sync_api import Browser, Locator, Page, expect
 
+PATIENCE_MS = 60_000
+"""A busy machine is no failure."""
 NOT_ANSWERED = "Failed to load resource: "
 """How the browser itself notes a refusal or a failure in its console, which no page can prevent."""
 
@@ -13,7 +15,7 @@ class opened:
 
     def __init__(self, browser: Browser, address: str, **options) -> None:
         self.context = browser.new_context(reduced_motion="reduce", **options)
-        self.context.set_default_timeout(10_000)
+        self.context.set_default_timeout(PATIENCE_MS)
         self.address = address
         self.problems: list[str] = []
 
