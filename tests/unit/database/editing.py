@@ -90,10 +90,11 @@ def write_database(
 def _with_neighbours(database: Database) -> Database:
     """The database, committed with the neighbours of all its chunks."""
     files = dict(database.manifest.files)
+    retriever = LocalRetriever.open(database, pinned=True)
     for partition in [*database.manifest.segments, *([database.manifest.validation] if database.validation else [])]:
         store = ChunkStore(database.directory, partition, CHUNK_LENGTH)
         path = database.directory / partition.neighbours
-        write_neighbours(store, LocalRetriever.open(database), NUM_NEIGHBOURS, path)
+        write_neighbours(store, retriever, NUM_NEIGHBOURS, path)
         files[partition.neighbours] = file_record(path)
     manifest = Manifest(**{**vars(database.manifest), "files": files})
     write_manifest(database.directory, manifest)

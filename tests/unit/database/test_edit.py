@@ -1,0 +1,429 @@
+"""What each edit does, what it leaves alone, and what it refuses."""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from retro_ray.database.commit import database_lock
+from retro_ray.database.edit import DatabaseEditor
+from retro_ray.database.format import MANIFEST_NAME, database_directory, read_manifest, write_manifest
+from retro_ray.database.store import ChunkStore, Database
+from retro_ray.errors import DatabaseError, InputError, MismatchError, RetroRayError
+from retro_ray.retrieval.local import LocalRetriever
+from retro_ray.text.corpus import Document
+from tests.unit.database.editing import HashEmbedder, document, write_database
+
+NAMES = [f"d{number}" for number in range(8)]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("template")
+    write_database(home, [document(name) for name in NAMES], validation=[document("v0"), document("v1")])
+    return home
+
+
+@pytest.fixture
+def home(template: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(template, tmp_path / "home")
+
+
+@pytest.fixture
+def editor(home: Path) -> DatabaseEditor:
+    return DatabaseEditor(home, embedder=HashEmbedder())
+
+
+def live_ids(home: Path) -> list[str]:
+    """Ids of the documents that the database has, in its order."""
+    database = Database.open(home)
+    return [
+        store.document_ref(row).id
+        for store in database.segments
+        for row in range(store.num_documents)
+        if not database.is_deleted(np.array(store.chunk_id_base + store.document_first_row[row]))
+    ]
+
+
+def text_of(home: Path, name: str) -> str:
+    database = Database.open(home)
+    place = database.find_document(name)
+    assert place is not None
+    store, row = place
+    rows = np.arange(*store.document_rows(row))
+    tokens = [t for chunk, n in zip(store.tokens(rows), store.lengths(rows), strict=True) for t in chunk[:n]]
+    return database.tokenizer.decode(tokens)
+
+
+def files_of(home: Path) -> dict[str, int]:
+    """Files of the database but for the manifest and the lock, with their inodes."""
+    directory = database_directory(home)
+    return {
+        str(path.relative_to(directory)): path.stat().st_ino
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST_NAME, ".lock")
+    }
+
+
+def assert_nothing_changed(home: Path, before: tuple[Database, dict[str, int]]) -> None:
+    assert Database.open(home).manifest == before[0].manifest
+    assert files_of(home) == before[1]
+
+
+def test_added_documents_are_found_and_nothing_else_is_touched(home: Path, editor: DatabaseEditor) -> None:
+    before, old_files = Database.open(home), files_of(home)
+    new = [document("new"), document("long", "kappa " * 30), document("short", "pi")]
+    report = editor.add(iter(new))
+    after = Database.open(home)
+    assert (report.generation, report.documents_added, report.documents_deleted) == (2, 3, 0)
+    assert report.chunks_added == after.manifest.num_chunks - before.manifest.num_chunks
+    assert live_ids(home) == [*live_ids_of(before), "new", "long", "short"]
+    for one in new:
+        assert text_of(home, one.id) == one.text
+        place = after.find_document(one.id)
+        assert place is not None
+        assert place[0].document_ref(place[1]).title == one.title
+    assert {name: files_of(home)[name] for name in old_files} == old_files
+    assert after.manifest.segments[:2] == before.manifest.segments
+    assert after.manifest.next_chunk_id == before.manifest.next_chunk_id + report.chunks_added
+    assert after.manifest.num_edits == 1
+    after.check_files(*after.manifest.files)
+
+
+def live_ids_of(database: Database) -> list[str]:
+    return [store.document_ref(row).id for store in database.segments for row in range(store.num_documents)]
+
+
+def test_only_what_is_added_is_embedded_and_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The price of an addition does not grow with the database."""
+    embedder = HashEmbedder()
+    opened: set[str] = set()
+    from retro_ray.database import commit as module
+
+    whole = module.file_record
+
+    def recorded(path: Path):
+        opened.add(str(path.relative_to(database_directory(home))))
+        return whole(path)
+
+    monkeypatch.setattr(module, "file_record", recorded)
+    report = DatabaseEditor(home, embedder=embedder).add([document("new")])
+    assert embedder.num_texts == report.chunks_added
+    assert opened
+    assert all(path.startswith("edit-00000002/") for path in opened)
+
+
+def test_an_added_segment_goes_to_the_shard_with_the_fewest_chunks(home: Path, editor: DatabaseEditor) -> None:
+    for number in range(4):
+        manifest = Database.open(home).manifest
+        sizes = [sum(segment.num_chunks for segment in manifest.segments_of(shard)) for shard in (0, 1)]
+        editor.add([document(f"new {number}", "alpha " * 60)])
+        assert Database.open(home).manifest.segments[-1].shard == int(np.argmin(sizes))
+
+
+def test_new_chunks_get_neighbours_among_old_and_new_but_not_in_their_document(
+    home: Path, editor: DatabaseEditor
+) -> None:
+    editor.delete(["d2"])
+    editor.add([document(f"new {number}", text) for number, text in enumerate(["pi rho " * 9, "pi rho " * 9])])
+    database = Database.open(home)
+    store = database.segments[-1]
+    assert store.partition.neighbours_generation == 3
+    assert_neighbours_are_nearest(database, store)
+
+
+def assert_neighbours_are_nearest(database: Database, store: ChunkStore) -> None:
+    """The stored neighbours of a partition, against all distances."""
+    keys = np.concatenate([segment.keys for segment in database.segments])
+    ids = np.concatenate([segment.chunk_id_base + np.arange(segment.num_chunks) for segment in database.segments])
+    for row in range(store.num_chunks):
+        first, stop = store.document_rows(int(store.document_of(np.array([row]))[0]))
+        own = (ids >= store.chunk_id_base + first) & (ids < store.chunk_id_base + stop) & (store.chunk_id_base >= 0)
+        squares = ((keys - store.keys[row]).astype(np.float64) ** 2).sum(1)
+        squares[own | database.is_deleted(ids)] = np.inf
+        expected = np.sort(squares)[: database.manifest.num_neighbours]
+        found = store.neighbours.gather("chunk_ids", np.array([row]))[0]
+        np.testing.assert_allclose(squares[np.searchsorted(ids, found)], expected, rtol=1e-5)
+        assert (found >= 0).all()
+
+
+def test_a_deleted_document_is_nowhere(home: Path, editor: DatabaseEditor) -> None:
+    database = Database.open(home)
+    store, row = database.find_document("d3") or (None, -1)
+    assert store is not None
+    first, stop = (store.chunk_id_base + edge for edge in store.document_rows(row))
+    chunk_ids = np.arange(first, stop)
+    retriever = LocalRetriever.open(database)
+    before = retriever.search(store.keys[first - store.chunk_id_base : stop - store.chunk_id_base], 1)
+    assert before.chunk_ids[:, 0].tolist() == chunk_ids.tolist()
+    report = editor.delete(["d3"])
+    assert (report.documents_added, report.documents_deleted, report.chunks_added) == (0, 1, 0)
+    after = Database.open(home)
+    assert live_ids(home) == [name for name in live_ids_of(database) if name != "d3"]
+    assert after.find_document("d3") is None
+    assert after.is_deleted(chunk_ids).all()
+    assert not after.neighbour_tokens(chunk_ids)[1].any()
+    found = retriever.search(store.keys, 1000)
+    assert not np.isin(found.chunk_ids, chunk_ids).any()
+    assert not any(ref is not None and ref.id == "d3" for refs in found.documents for ref in refs)
+    manifest = after.manifest
+    assert (manifest.num_deleted_documents, manifest.num_deleted_chunks) == (1, len(chunk_ids))
+    assert manifest.num_live_chunks == manifest.num_chunks - len(chunk_ids)
+    assert manifest.num_deleted_tokens == int(store.lengths(chunk_ids - store.chunk_id_base).sum())
+    assert manifest.num_deleted_bytes == len(document("d3").text)
+
+
+def test_stored_neighbours_that_are_deleted_make_room_for_the_next(home: Path, editor: DatabaseEditor) -> None:
+    database = Database.open(home)
+    stored = database.segments[0].neighbours.column("chunk_ids")
+    editor.delete(["d1", "d5"])
+    after = Database.open(home)
+    left = after.without_deleted(stored)
+    dropped = 0
+    for row, found in zip(stored, left, strict=True):
+        kept = [chunk_id for chunk_id in row if chunk_id >= 0 and not after.is_deleted(chunk_id)]
+        assert found.tolist() == kept + [-1] * (len(row) - len(kept))
+        dropped += len(row) - len(kept)
+    assert dropped > 0
+
+
+def test_an_update_replaces_what_is_there_and_adds_what_is_not(home: Path, editor: DatabaseEditor) -> None:
+    report = editor.update([document("d4", "omicron " * 20), document("new"), document("d0", "xi")])
+    assert (report.documents_added, report.documents_deleted) == (3, 2)
+    assert sorted(live_ids(home)) == sorted([*NAMES, "new"])
+    assert text_of(home, "d4") == "omicron " * 20
+    assert text_of(home, "d0") == "xi"
+    again = editor.update([document("d4", "rho")])
+    assert (again.documents_deleted, text_of(home, "d4")) == (1, "rho")
+    assert Database.open(home).manifest.num_deleted_documents == 3
+    editor.delete(["d4"])
+    assert Database.open(home).find_document("d4") is None
+    assert editor.add([document("d4")]).documents_added == 1
+    assert text_of(home, "d4") == document("d4").text
+
+
+@pytest.mark.parametrize("num_shards", [None, 1, 3, 50])
+def test_compaction_leaves_the_same_documents_and_no_deleted_ones(
+    home: Path, editor: DatabaseEditor, num_shards: int | None
+) -> None:
+    editor.add([document("new"), document("more")])
+    editor.delete(["d0", "d7", "new"])
+    before = Database.open(home)
+    expected = {name: text_of(home, name) for name in live_ids(home)}
+    report = editor.compact(num_shards)
+    after = Database.open(home)
+    manifest = after.manifest
+    assert report.generation == manifest.generation == 4
+    assert live_ids(home) == list(expected)
+    assert {name: text_of(home, name) for name in expected} == expected
+    assert (manifest.deleted, manifest.num_deleted_chunks, manifest.num_deleted_documents) == (None, 0, 0)
+    assert manifest.num_chunks == before.manifest.num_live_chunks
+    assert manifest.num_shards == len(manifest.segments) == min(num_shards or 2, len(manifest.segments))
+    assert [segment.shard for segment in manifest.segments] == list(range(manifest.num_shards))
+    assert manifest.segments[0].chunk_id_base == before.manifest.next_chunk_id
+    assert after.validation is not None
+    for store in [*after.segments, after.validation]:
+        assert store.partition.neighbours_generation == 4
+        assert_neighbours_are_nearest(after, store)
+    old_ids = np.arange(before.manifest.next_chunk_id)
+    assert (after.locate(old_ids)[0] == -1).all()
+    assert not after.neighbour_tokens(old_ids)[1].any()
+    after.check_files(*manifest.files)
+
+
+def test_compaction_divides_the_chunks_about_equally(tmp_path: Path) -> None:
+    write_database(tmp_path, [document(f"{number}", "alpha " * 20) for number in range(30)], num_shards=1)
+    DatabaseEditor(tmp_path).compact(num_shards=3)
+    sizes = [segment.num_chunks for segment in Database.open(tmp_path).manifest.segments]
+    assert len(sizes) == 3
+    assert max(sizes) - min(sizes) <= 3
+
+
+def test_readers_of_the_generation_before_go_on_and_what_is_older_goes(home: Path, editor: DatabaseEditor) -> None:
+    first = Database.open(home)
+    editor.compact()
+    first.check_files(*first.manifest.files)
+    second = Database.open(home)
+    editor.delete(["d1"])
+    directory = database_directory(home)
+    assert not (directory / "built" / "shard-00000").exists()
+    assert (directory / "built" / "tokenizer").exists()
+    second.check_files(*second.manifest.files)
+    editor.compact()
+    editor.compact()
+    assert not (directory / second.manifest.segments[0].folder).exists()
+    assert set(read_manifest(directory).files) <= set(files_of(home))
+
+
+def test_a_mapped_generation_outlives_its_files(home: Path, editor: DatabaseEditor) -> None:
+    old = Database.open(home)
+    old.map_files()
+    chunk_ids = np.arange(old.manifest.num_chunks)
+    expected = old.neighbour_tokens(chunk_ids)[0]
+    for _ in range(3):
+        editor.compact()
+    assert not (database_directory(home) / old.manifest.segments[0].chunks).exists()
+    np.testing.assert_array_equal(old.neighbour_tokens(chunk_ids)[0], expected)
+    assert old.segments[0].neighbours.column("chunk_ids").max() > 0
+    assert old.segments[0].document_ref(0).id in NAMES
+
+
+# What is refused. ---------------------------------------------------------------------------------------------
+
+
+def one_line(error: RetroRayError, *parts: str) -> None:
+    assert "\n" not in str(error)
+    for part in parts:
+        assert part in str(error)
+
+
+def test_what_cannot_be_added(home: Path, editor: DatabaseEditor) -> None:
+    before = Database.open(home), files_of(home)
+    with pytest.raises(InputError) as caught:
+        editor.add([document("new"), document("d2")])
+    one_line(caught.value, "'d2'", "update")
+    with pytest.raises(InputError) as caught:
+        editor.update([document("new"), document("d2"), document("new")])
+    one_line(caught.value, "'new'", "unique")
+    for put in (editor.add, editor.update):
+        with pytest.raises(InputError, match="no documents"):
+            put([])
+    assert_nothing_changed(home, before)
+
+
+def test_what_cannot_be_deleted(home: Path, editor: DatabaseEditor) -> None:
+    editor.delete(["d5"])
+    before = Database.open(home), files_of(home)
+    with pytest.raises(InputError) as caught:
+        editor.delete(["d1", "nowhere", "d5", "v0"])
+    one_line(caught.value, "'nowhere', 'd5', 'v0'", "nothing was deleted")
+    with pytest.raises(InputError, match="no documents to delete"):
+        editor.delete([])
+    assert_nothing_changed(home, before)
+    assert editor.delete(["d1", "d1"]).documents_deleted == 1
+
+
+def test_an_empty_database_can_be_filled_but_not_compacted(home: Path, editor: DatabaseEditor) -> None:
+    editor.delete(NAMES)
+    found = LocalRetriever.open(Database.open(home)).search(np.zeros((2, 8), np.float32), 3)
+    assert (found.chunk_ids == -1).all()
+    with pytest.raises(DatabaseError) as caught:
+        editor.compact()
+    one_line(caught.value, "every document")
+    editor.add([document("d0")])
+    editor.compact()
+    assert live_ids(home) == ["d0"]
+
+
+def test_a_home_without_database_is_left_alone(tmp_path: Path) -> None:
+    for edit in (lambda e: e.delete(["a"]), lambda e: e.add([document("a")]), lambda e: e.compact()):
+        with pytest.raises(DatabaseError, match=r"jobs/index\.py"):
+            edit(DatabaseEditor(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_another_embedder_is_refused(home: Path) -> None:
+    class Other(HashEmbedder):
+        fingerprint = "0123456789abcdef"
+
+    before = Database.open(home), files_of(home)
+    with pytest.raises(MismatchError) as caught:
+        DatabaseEditor(home, embedder=Other()).add([document("new")])
+    one_line(caught.value, "0123456789abcdef", "hash")
+    assert_nothing_changed(home, before)
+
+
+def test_of_two_editors_at_once_the_second_is_told_who_is_at_work(home: Path, editor: DatabaseEditor) -> None:
+    def documents() -> Iterator[Document]:
+        yield document("slow")
+        for edit in (lambda: editor.add([document("other")]), lambda: editor.delete(["d1"]), editor.compact):
+            with pytest.raises(DatabaseError) as caught:
+                edit()
+            one_line(caught.value, "adding documents", f"process {os.getpid()}", "wait")
+
+    assert DatabaseEditor(home, embedder=HashEmbedder()).add(documents()).generation == 2
+    assert "slow" in live_ids(home)
+    assert "other" not in live_ids(home)
+
+
+def test_a_build_keeps_editors_out(home: Path, editor: DatabaseEditor) -> None:
+    with database_lock(database_directory(home), "building it"), pytest.raises(DatabaseError, match="building it"):
+        editor.delete(["d1"])
+    editor.delete(["d1"])
+
+
+def test_what_no_lock_prevented_is_noticed_at_the_commit(home: Path, editor: DatabaseEditor) -> None:
+    """A file system without working locks: another machine commits while this one edits."""
+    directory = database_directory(home)
+    theirs = dataclasses.replace(read_manifest(directory), generation=2, num_neighbours=2)
+
+    def documents() -> Iterator[Document]:
+        yield document("late")
+        write_manifest(directory, theirs)
+
+    with pytest.raises(DatabaseError, match="from generation 1 to 2 meanwhile"):
+        editor.add(documents())
+    assert read_manifest(directory) == theirs
+    assert "late" not in live_ids(home)
+
+
+def test_an_announced_commit(home: Path) -> None:
+    announced: list[tuple[Path, int]] = []
+
+    def announce(directory: Path) -> None:
+        announced.append((directory, read_manifest(directory).generation))
+
+    editor = DatabaseEditor(home, embedder=HashEmbedder(), announce=announce)
+    editor.add([document("new")])
+    with pytest.raises(InputError):
+        editor.delete(["nowhere"])
+    editor.delete(["new"])
+    assert announced == [(database_directory(home), 2), (database_directory(home), 3)]
+
+
+def test_new_files_are_on_the_disk_before_the_manifest(
+    home: Path, editor: DatabaseEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut right after the manifest was replaced must find all that it lists."""
+    directory = database_directory(home)
+    flushed: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def flush(descriptor: int) -> None:
+        flushed.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    def swap(source, target) -> None:
+        if Path(target).name == MANIFEST_NAME:
+            assert str(source) in flushed
+            flushed.append("manifest")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", swap)
+    before = read_manifest(directory)
+    editor.update([document("d1"), document("new")])
+    written = [path for path in read_manifest(directory).files if path not in before.files]
+    assert len(written) >= 6
+    at = flushed.index("manifest")
+    for path in written:
+        assert flushed.index(str(directory / path)) < at
+        assert flushed.index(str((directory / path).parent)) < at
+    assert str(directory) in flushed[:at]
+    assert str(directory) in flushed[at:]
+
+
+def test_an_unfinished_build_keeps_its_work(home: Path, editor: DatabaseEditor) -> None:
+    directory = database_directory(home)
+    page = directory / "0123456789abcdef" / "work" / "pages" / "page"
+    page.parent.mkdir(parents=True)
+    page.write_text("hours of work")
+    (directory / "abandoned").mkdir()
+    editor.delete(["d1"])
+    editor.compact()
+    assert page.exists()
+    assert not (directory / "abandoned").exists()
