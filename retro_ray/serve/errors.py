@@ -70,8 +70,8 @@ def api_error(error: Exception) -> ApiError | None:
         retry_after_s = str(max(1, math.ceil(error.retry_after_s)))
         return ApiError(503, str(error), code="overloaded", headers={"Retry-After": retry_after_s})
     if isinstance(error, DeadlineError):
-        # The openai client repeats what failed with a 5xx, and would spend the deadline again.
-        return ApiError(504, str(error), code="deadline_exceeded", headers={"X-Should-Retry": "false"})
+        # 408 as Serve's own timeouts; the openai client would ask again, and spend the deadline once more.
+        return ApiError(408, str(error), code="deadline_exceeded", headers={"X-Should-Retry": "false"})
     if isinstance(error, RetrievalError):
         return ApiError(503, str(error), code="retrieval_failed")
     if isinstance(error, RetroRayError):

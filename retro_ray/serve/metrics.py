@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from typing import Any, Protocol
 
 from retro_ray.generation.events import Finished, GenerationEvent, TextDelta
+from retro_ray.generation.request import Rerank
 from retro_ray.retrieval.retriever import NeighbourSet
 
 _SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0]
@@ -103,13 +103,15 @@ class ServiceMetrics:
 class Search(Protocol):
     """As ChunkRetriever."""
 
-    def retrieve_texts(self, texts: Sequence[str], k: int, /) -> NeighbourSet: ...
+    def retrieve_texts(self, texts: Sequence[str], k: int, /, rerank: Rerank | None = None) -> NeighbourSet: ...
 
-    def retrieve_chunks(self, chunks: Sequence[Sequence[int]], k: int, /) -> NeighbourSet: ...
+    def retrieve_chunks(
+        self, chunks: Sequence[Sequence[int]], k: int, /, rerank: Rerank | None = None
+    ) -> NeighbourSet: ...
 
 
 class MeasuredSearch:
-    """A retriever whose answers are measured; its methods take what those of `search` take."""
+    """A retriever whose answers are measured."""
 
     def __init__(self, search: Search, metrics: ServiceMetrics) -> None:
         self._metrics = metrics
@@ -117,10 +119,9 @@ class MeasuredSearch:
         self.retrieve_chunks = self._measured(search.retrieve_chunks)
 
     def _measured(self, retrieve: Callable[..., NeighbourSet]) -> Callable[..., NeighbourSet]:
-        @functools.wraps(retrieve)  # with its signature: the engine asks it what can be asked
-        def measured(queries: Sequence[Any], k: int, /, **options: Any) -> NeighbourSet:
+        def measured(queries: Sequence[Any], k: int, /, rerank: Rerank | None = None) -> NeighbourSet:
             started_s = time.monotonic()
-            found = retrieve(queries, k, **options)
+            found = retrieve(queries, k, rerank=rerank)
             self._metrics.retrieval.observe(time.monotonic() - started_s)
             if queries:  # instruments of Ray refuse to count nothing
                 self._metrics.retrieved_chunks.inc(len(queries))

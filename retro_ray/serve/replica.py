@@ -127,6 +127,8 @@ class Replica:
             asyncio.create_task(self._watch.follow(self._load, self._take_up, settings.refresh_s)),
             asyncio.create_task(self._look_after(settings.refresh_s)),
         ]
+        for task in self._background:
+            task.add_done_callback(_log_failure)
 
     async def close(self) -> None:
         self._is_closing = True
@@ -152,8 +154,7 @@ class Replica:
     def _retrieve(self, texts: Sequence[str], num_neighbours: int | None, rerank: Rerank | None) -> list[RetrievedText]:
         config = self._loaded.engine.model.config
         k = num_neighbours or config.num_neighbours
-        options = {} if rerank is None else {"rerank": rerank}
-        found = self._measured_search.retrieve_texts(texts, k, **options)
+        found = self._measured_search.retrieve_texts(texts, k, rerank)
         return [
             RetrievedText(
                 neighbours=cited_neighbours(found, row, config.chunk_length, self._database.tokenizer),
@@ -184,3 +185,9 @@ class Replica:
             self._retrieval_problem = str(error)
         else:
             self._retrieval_problem = None
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    """What goes on beside the requests does so for ever: its end is a failure that nobody waits for."""
+    if not task.cancelled():
+        logger.error("a background task of the replica has ended", exc_info=task.exception())

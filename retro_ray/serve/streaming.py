@@ -102,7 +102,8 @@ class EventStream(StreamingResponse):
                 yield _event(content)
             yield _event("[DONE]")
         except Exception as error:  # the status has been sent: only an event can tell of it
-            yield _event(json.dumps(error_content(api_error(error) or unexpected(error))))
+            content = error_content(api_error(error) or unexpected(error))
+            yield _event(json.dumps(content, separators=(",", ":")))
 
 
 def _event(data: str) -> str:

@@ -1,6 +1,7 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 
 from retro_ray.serve.api import build_api
@@ -8,6 +9,15 @@ from tests.unit.serve.fakes import DictEditor, EchoService
 
 HERE = ("127.0.0.1", 50_000)
 """A client on this machine."""
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Tiny products gain nothing from threads, and on a busy machine threads wait long for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture

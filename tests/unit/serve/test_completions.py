@@ -229,7 +229,7 @@ def test_another_models_name_is_refused(client: TestClient) -> None:
     [
         (RetrievalError("shard 1 did not answer in 2.0 s"), 503, "retrieval_failed", {}),
         (OverloadedError("64 requests wait already", retry_after_s=2.3), 503, "overloaded", {"retry-after": "3"}),
-        (DeadlineError("deadline_s = 5 passed"), 504, "deadline_exceeded", {"x-should-retry": "false"}),
+        (DeadlineError("deadline_s = 5 passed"), 408, "deadline_exceeded", {"x-should-retry": "false"}),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
@@ -239,7 +239,8 @@ def test_failures_of_generation_have_their_status(
     service.error = error
     response = client.post("/v1/completions", json={"prompt": "a", "stream": stream})
     assert response.status_code == status
-    assert response.json()["error"] == {"message": str(error), "type": "server_error", "param": None, "code": code}
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    assert response.json()["error"] == {"message": str(error), "type": kind, "param": None, "code": code}
     assert headers.items() <= dict(response.headers).items()
 
 
