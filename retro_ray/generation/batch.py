@@ -45,12 +45,10 @@ class DecodingBatch:
     @property
     def num_cached_tokens(self) -> int:
         """Tokens that the cache has memory for."""
-        cache = self._cache
-        return (
-            0
-            if cache is None
-            else cache.batch_size * slot_size(self._model.config, cache.max_tokens, cache.num_neighbours)
-        )
+        cache, config = self._cache, self._model.config
+        if cache is None:
+            return 0
+        return cache.batch_size * slot_size(config, cache.max_tokens, cache.num_neighbours)
 
     def fits(self, states: Sequence[SequenceState], max_cached_tokens: int) -> bool:
         """Whether `states` can join without more memory than for so many tokens."""
@@ -153,13 +151,14 @@ class DecodingBatch:
             state.scores += token_scores(logits_TV, state.tokens[start:end], num_top)
 
     def _with_room(self, num_slots: int, max_tokens: int, num_neighbours: int) -> DecodeCache:
-        shape = num_slots, max_tokens, num_neighbours
-        if self._cache is None or not self.active:
-            self._cache = None  # before there is another
-            self._cache = self._model.new_cache(num_slots, max_tokens, num_neighbours=num_neighbours)
-        elif shape != (self._cache.batch_size, self._cache.max_tokens, self._cache.num_neighbours):
-            self._cache.resize(*shape)
-        return self._cache
+        """The cache, with slots of that shape; those of the active sequences as they were."""
+        shape, cache = (num_slots, max_tokens, num_neighbours), self._cache
+        if cache is None or (not self.active and shape != _shape(cache)):
+            cache = self._cache = None  # before there is another
+            cache = self._cache = self._model.new_cache(num_slots, max_tokens, num_neighbours=num_neighbours)
+        elif shape != _shape(cache):
+            cache.resize(*shape)
+        return cache
 
     def _plan(self, states: Sequence[SequenceState], max_cached_tokens: int) -> tuple[int, int, int] | None:
         """(slots, tokens, neighbours) of a cache for `states`: the present one's, if it is large enough;
@@ -167,17 +166,16 @@ class DecodingBatch:
         """
         max_tokens, num_neighbours = self._needs(states)
         if self._cache is not None and self.num_cached_tokens <= max_cached_tokens:
-            shape = self._cache.batch_size, self._cache.max_tokens, self._cache.num_neighbours
+            shape = _shape(self._cache)
             if len(states) <= shape[0] and max_tokens <= shape[1] and num_neighbours <= shape[2]:
                 return shape
         # A power of two, where there is memory for it: a cache that grows is copied.
-        rounded = min(self._model.config.context_length, 1 << (max_tokens - 1).bit_length())
-        for num_tokens in (max(rounded, max_tokens), max_tokens):
-            num_slots = min(
-                self._max_batch_size, max_cached_tokens // slot_size(self._model.config, num_tokens, num_neighbours)
-            )
+        config = self._model.config
+        rounded = min(config.context_length, 1 << (max_tokens - 1).bit_length())
+        for num_tokens in (rounded, max_tokens):
+            num_slots = max_cached_tokens // slot_size(config, num_tokens, num_neighbours)
             if num_slots >= len(states):
-                return num_slots, num_tokens, num_neighbours
+                return min(num_slots, self._max_batch_size), num_tokens, num_neighbours
         return None
 
     @staticmethod
@@ -190,3 +188,8 @@ def slot_size(config: ModelConfig, max_tokens: int, num_neighbours: int) -> int:
     """Memory of one slot, in that of a token in all layers: neighbours are kept in those with CCA."""
     num_rows = num_neighbours * config.neighbour_length
     return max_tokens + math.ceil(num_rows * len(config.cca_layers) / config.num_layers)
+
+
+def _shape(cache: DecodeCache) -> tuple[int, int, int]:
+    """(slots, tokens, neighbours)."""
+    return cache.batch_size, cache.max_tokens, cache.num_neighbours

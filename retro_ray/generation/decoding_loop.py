@@ -204,13 +204,21 @@ class DecodingLoop:
         for ticket in list(self._queue):
             if not ticket.is_ready or (group and not _goes_with(group, ticket)):
                 continue
-            batch = self._lane(ticket.engine).batch
             states = [other.state for other in (*group, ticket)]
-            is_full = len(self._active) + len(states) > self._max_batch_size
-            if is_full or not batch.fits(states, self._memory_for(batch)):
+            if not self._fits(self._lane(ticket.engine).batch, states):
                 break  # nobody overtakes the first that does not fit, or it might wait for ever
             group.append(ticket)
         return group
+
+    def _fits(self, batch: DecodingBatch, states: Sequence[SequenceState]) -> bool:
+        if len(self._active) + len(states) > self._max_batch_size:
+            return False
+        if not batch.fits(states, self._memory_for(batch)):
+            # Engines that have been replaced need no room for more.
+            for engine, lane in self._lanes.items():
+                if engine is not self.engine:
+                    lane.batch.release()
+        return batch.fits(states, self._memory_for(batch))
 
     def _step(self) -> bool:
         """One step of every batch."""
@@ -281,16 +289,12 @@ class DecodingLoop:
         return self._lanes[engine]
 
     def _drop_lanes(self) -> None:
-        """Those of engines that have been replaced keep no more than their last requests need."""
-        if len(self._lanes) + (self.engine not in self._lanes) == 1:
+        """Those of engines that have been replaced, once their last request is over."""
+        if self._lanes.keys() <= {self.engine}:
             return
         in_use = {ticket.engine for ticket in [*self._queue, *self._active.values()]} | {self.engine}
-        for engine, lane in list(self._lanes.items()):
-            if engine is not self.engine:
-                lane.batch.release()
-            if engine not in in_use:
-                lane.fetcher.close()
-                del self._lanes[engine]
+        for engine in self._lanes.keys() - in_use:
+            self._lanes.pop(engine).fetcher.close()
 
     def _memory_for(self, batch: DecodingBatch) -> int:
         """What the other batches leave of `max_cached_tokens`."""
