@@ -7,11 +7,15 @@ from typing import Annotated
 import tyro
 
 from retro_ray.command_line import parse, run
+from retro_ray.commands.add import Add
 from retro_ray.commands.assess import Assess
+from retro_ray.commands.compact import Compact
+from retro_ray.commands.delete import Delete
 from retro_ray.commands.demo import Demo
 from retro_ray.commands.generate import Generate
 from retro_ray.commands.inspect import Inspect
 from retro_ray.commands.search import Search
+from retro_ray.commands.update import Update
 from retro_ray.commands.verify import Verify
 
 Command = (
@@ -21,6 +25,10 @@ Command = (
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Assess, tyro.conf.subcommand("assess")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
+    | Annotated[Add, tyro.conf.subcommand("add")]
+    | Annotated[Delete, tyro.conf.subcommand("delete")]
+    | Annotated[Update, tyro.conf.subcommand("update")]
+    | Annotated[Compact, tyro.conf.subcommand("compact")]
 )
 
 

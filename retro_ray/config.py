@@ -21,12 +21,9 @@ def default_home() -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CorpusConfig:
-    """Which documents to read, and how."""
+class RecordConfig:
+    """How the records of a file become documents."""
 
-    input: tuple[str, ...] = ("python-docs",)
-    """Files, folders and globs, local or s3://, of Parquet, JSON lines (.jsonl, .json, also .gz and
-    .zst), plain text and Markdown; or `python-docs`, the documentation that this Python carries."""
     text_column: str = "text"
     """Column or key that holds a document's text."""
     id_column: str | None = None
@@ -36,6 +33,15 @@ class CorpusConfig:
     """Column or key that holds a document's title, where there is one."""
     on_error: Literal["skip", "fail"] = "skip"
     """A record that cannot be read is skipped, counted and reported; or ends the job."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig(RecordConfig):
+    """Which documents to read, and how."""
+
+    input: tuple[str, ...] = ("python-docs",)
+    """Files, folders and globs, local or s3://, of Parquet, JSON lines (.jsonl, .json, also .gz and
+    .zst), plain text and Markdown; or `python-docs`, the documentation that this Python carries."""
     share: float = 1.0
     """Take in only this share of the documents, chosen by a hash of their id: to try things quickly."""
 

@@ -45,6 +45,7 @@ from retro_ray.database.format import (
     database_directory,
 )
 from retro_ray.database.keys import sample_keys
+from retro_ray.database.reading import refuse_empty_corpus
 from retro_ray.database.split import VALIDATION, Split
 from retro_ray.database.tasks import fill_shard, named_problem, named_record, search_neighbours, survey_to_disk
 from retro_ray.errors import DatabaseError
@@ -196,7 +197,7 @@ class DatabaseBuilder:
         summaries = [json.loads(surveys.survey_path(folder, unit.index).read_text()) for unit in units]
         skipped = [SkippedRecord(**record) for summary in summaries for record in summary["skipped"]]
         num_documents = sum(summary["num_documents"] for summary in summaries)
-        surveys.refuse_empty_corpus(skipped, num_documents, self._corpus)
+        refuse_empty_corpus(skipped, num_documents, self._corpus)
         hashes = [surveys.read_hashes(folder, unit.index) for unit in units]
         surveys.refuse_doubled_ids(hashes, units, self._corpus)
         self._num_text_bytes = sum(summary["num_bytes"] for summary in summaries)

@@ -6,7 +6,6 @@ embedding) and keeps a random sample of texts (to train the tokenizer on).
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,25 +111,3 @@ def refuse_doubled_ids(hashes_by_unit: list[np.ndarray], units: list[ReadUnit], 
                 )
             seen[record.id] = record.source
     raise InputError(f"the 64-bit hashes of two of {len(hashes)} document ids are equal: change one of {sorted(seen)}")
-
-
-def refuse_empty_corpus(skipped: list[SkippedRecord], num_documents: int, config: CorpusConfig) -> None:
-    """There is something to build a database from.
-
-    Raises:
-        InputError: there is not; says what was found instead.
-    """
-    if num_documents:
-        return
-    where = " ".join(config.input)
-    if not skipped:
-        raise InputError(f"no documents in {where}: pass files that hold some with --input")
-    counts = Counter(record.category for record in skipped)
-    first = skipped[0]
-    place = first.source if first.line is None else f"{first.source}:{first.line}"
-    listing = ", ".join(f"{count} {category}" for category, count in counts.most_common())
-    way_out = "name the column with --text-column" if "missing column" in counts else "mend them"
-    raise InputError(
-        f"no documents in {where}: {len(skipped)} records skipped ({listing}); first: {place}: "
-        f"{first.category}, {first.detail}; {way_out}, or pass other --input"
-    )

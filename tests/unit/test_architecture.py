@@ -38,6 +38,7 @@ RAY_MODULES = {
     "database/embed_units.py",
     "evaluation/evaluate.py",
     "ray_session.py",
+    "retrieval/announce.py",
     "retrieval/open.py",
     "retrieval/shard_actor.py",
     "retrieval/sharded.py",

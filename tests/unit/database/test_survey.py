@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from retro_ray.config import CorpusConfig
+from retro_ray.database.reading import refuse_empty_corpus
 from retro_ray.database.split import document_hash
 from retro_ray.database.survey import (
     read_hashes,
     read_sample,
     refuse_doubled_ids,
-    refuse_empty_corpus,
     survey_path,
     survey_unit,
     write_survey,
@@ -83,7 +83,7 @@ def test_ids_of_their_own_are_fine(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("records", "settings", "expected"),
     [
-        ([], {}, ["no documents in", "--input"]),
+        ([], {}, ["no documents in", "pass files"]),
         (["{broken", {"text": ""}], {}, ["2 records skipped", "1 malformed line", "1 empty document", "a.jsonl:1"]),
         ([{"body": "b"}], {}, ["missing column", "--text-column", "body"]),
     ],
