@@ -58,15 +58,19 @@ class DecodeCache:
         """Rows that CCA reads per slot: all tokens of all neighbours, and with "copy" a null row."""
         return self.num_neighbours * self._config.neighbour_length + (self._config.cca_start == "copy")
 
-    def prefix(self, num_slots: int) -> DecodeCache:
-        """The first slots alone, as a cache in the same memory: what is written there is written here."""
+    def prefix(self, num_slots: int, num_neighbours: int | None = None) -> DecodeCache:
+        """The first slots alone, and the first neighbours of each, as a cache in the same memory: what is
+        written there is written here.
+        """
         view = copy.copy(self)
-        for name in ("lengths", "cca_mask", "chunk_hidden"):
-            setattr(view, name, getattr(self, name)[:num_slots])
-        for name in ("keys", "values"):
-            setattr(view, name, [store[:num_slots] for store in getattr(self, name)])
-        for name in ("cca_keys", "cca_values"):
-            setattr(view, name, {layer: store[:num_slots] for layer, store in getattr(self, name).items()})
+        view.num_neighbours = self.num_neighbours if num_neighbours is None else num_neighbours
+        num_rows = view.num_cca_rows
+        view.lengths, view.chunk_hidden = self.lengths[:num_slots], self.chunk_hidden[:num_slots]
+        view.keys = [store[:num_slots] for store in self.keys]
+        view.values = [store[:num_slots] for store in self.values]
+        view.cca_keys = {layer: store[:num_slots, :, :num_rows] for layer, store in self.cca_keys.items()}
+        view.cca_values = {layer: store[:num_slots, :, :num_rows] for layer, store in self.cca_values.items()}
+        view.cca_mask = self.cca_mask[:num_slots, :num_rows]
         return view
 
     def move(self, source: int, target: int) -> None:

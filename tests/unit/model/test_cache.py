@@ -139,7 +139,8 @@ def test_slots_decode_on_after_the_cache_was_resized_and_a_slot_moved() -> None:
     expected_BV = model.decode_step(batch.tokens_BT[:, 9], whole)
     moved.resize(4, 12, config.num_neighbours + 1)
     moved.move(2, 0)
-    view = moved.prefix(2)
+    view = moved.prefix(2, config.num_neighbours)
+    assert view.cca_mask.shape[1] < moved.cca_mask.shape[1]
     logits_BV = model.decode_step(batch.tokens_BT[[2, 1], 9], view)
     torch.testing.assert_close(logits_BV, expected_BV[[2, 1]])
     assert (view.batch_size, moved.batch_size) == (2, 4)
