@@ -18,13 +18,16 @@ def describe_build(home: Path, manifest: Manifest, seconds: float) -> dict[str, 
 
 
 def describe(home: Path, manifest: Manifest) -> dict[str, Any]:
-    """Documents, chunks, tokens, shards, index, sizes in bytes and fingerprints of a database."""
-    partitions = [*manifest.segments, *([manifest.validation] if manifest.validation else [])]
+    """Documents, chunks, tokens, shards, index, sizes in bytes and fingerprints of a database.
+
+    What is deleted is counted apart; in the shards and on the disk it still takes its place.
+    """
     sizes = {
         kind: sum(record.size_bytes for path, record in manifest.files.items() if path.endswith(name))
         for kind, name in (
             ("chunks", "chunks.arrow"),
             ("documents", "documents.arrow"),
+            ("ids", "ids.npy"),
             ("keys", "keys.npy"),
             ("index", "index.faiss"),
             ("neighbours", "neighbours.arrow"),
@@ -36,13 +39,18 @@ def describe(home: Path, manifest: Manifest) -> dict[str, Any]:
         "directory": str(database_directory(home)),
         "version": manifest.version,
         "created": manifest.created,
-        "documents": manifest.num_documents,
-        "chunks": manifest.num_chunks,
-        "tokens": sum(segment.num_tokens for segment in manifest.segments),
-        "text_bytes": sum(partition.num_bytes for partition in partitions),
+        "documents": manifest.num_live_documents,
+        "chunks": manifest.num_live_chunks,
+        "tokens": sum(segment.num_tokens for segment in manifest.segments) - manifest.num_deleted_tokens,
+        "text_bytes": sum(segment.num_bytes for segment in manifest.segments) - manifest.num_deleted_bytes,
         "validation_documents": validation.num_documents if validation else 0,
         "validation_chunks": validation.num_chunks if validation else 0,
+        "validation_text_bytes": validation.num_bytes if validation else 0,
+        "deleted_documents": manifest.num_deleted_documents,
+        "deleted_chunks": manifest.num_deleted_chunks,
         "generation": manifest.generation,
+        "edits_since_built": manifest.num_edits,
+        "segments": len(manifest.segments),
         "shards": manifest.num_shards,
         "shard_chunks": [
             sum(segment.num_chunks for segment in manifest.segments_of(shard)) for shard in range(manifest.num_shards)

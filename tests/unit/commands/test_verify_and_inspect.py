@@ -8,9 +8,11 @@ import pytest
 
 from retro_ray.__main__ import main
 from retro_ray.commands.verify import verify
+from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.format import database_directory, read_manifest
 from retro_ray.errors import DatabaseError
 from tests.fakes import write_tiny_database
+from tests.unit.database.editing import HashEmbedder, document, write_database
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -91,6 +93,31 @@ def test_inspect_says_what_the_manifest_says(
     )
     assert run_command(monkeypatch, "inspect", "--home", str(tmp_path)) == 0
     assert f"{manifest.num_chunks:,}" in capsys.readouterr().out
+
+
+def test_an_edited_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Deleted documents are counted apart, and every file of an edit is checked."""
+    built = write_database(tmp_path, [document(f"d{number}") for number in range(5)]).manifest
+    editor = DatabaseEditor(tmp_path, embedder=HashEmbedder())
+    editor.delete(["d1"])
+    report = editor.update([document("d2", "alpha " * 20), document("new")])
+    assert run_command(monkeypatch, "inspect", "--home", str(tmp_path), "--json") == 0
+    described = json.loads(capsys.readouterr().out)
+    manifest = read_manifest(database_directory(tmp_path))
+    assert (described["documents"], described["deleted_documents"]) == (5, 2)
+    assert described["chunks"] == built.num_chunks + report.chunks_added - described["deleted_chunks"]
+    assert (described["generation"], described["edits_since_built"], described["segments"]) == (3, 2, 3)
+    texts = [document(name).text for name in ("d0", "d3", "d4", "new")] + ["alpha " * 20]
+    assert described["text_bytes"] == sum(len(text.encode()) for text in texts)
+    assert verify(tmp_path) == (len(manifest.files), [])
+    for name in [manifest.deleted, *(path for path in manifest.files if path.startswith("edit-00000003/added"))]:
+        path = database_directory(tmp_path) / str(name)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert [entry["file"] for entry in verify(tmp_path)[1]] == [str(path)]
+        path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("command", [("inspect",), ("verify",), ("search", "text"), ("generate", "text")])
