@@ -14,9 +14,11 @@ import torch
 from ray.util import ActorPool
 
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
+from retro_ray.database.format import Manifest
 from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError
 from retro_ray.evaluation.bits_per_byte import BitsPerByte, RetrievalMode, choose_documents, score_documents
+from retro_ray.evaluation.current_neighbours import current_neighbours, neighbours_in
 from retro_ray.progress import progress_bar
 from retro_ray.ray_session import num_cluster_gpus, num_free_cpus
 from retro_ray.training.checkpoint import find_checkpoint, load_model, require_match
@@ -33,6 +35,7 @@ class Evaluation:
     checkpoint: Path
     step: int
     database_version: str
+    database_generation: int
     num_neighbours: int
     num_documents: int
     num_chunks: int
@@ -46,6 +49,7 @@ class Evaluation:
             "checkpoint": str(self.checkpoint),
             "step": self.step,
             "database_version": self.database_version,
+            "database_generation": self.database_generation,
             "num_neighbours": self.num_neighbours,
             "documents": self.num_documents,
             "chunks": self.num_chunks,
@@ -58,21 +62,46 @@ class Evaluation:
 
 
 class Scorer:
-    """Holds a checkpoint and scores documents of the validation split."""
+    """Holds a checkpoint and scores documents of the validation split.
 
-    def __init__(self, home: Path, checkpoint: Path, num_neighbours: int | None, num_threads: int) -> None:
+    Args:
+        directory: of the database.
+        manifest: the generation to evaluate in, whatever is committed meanwhile.
+        neighbours: file of the neighbours of the validation split.
+        checkpoint: of the model.
+        num_neighbours: per chunk; None: as many as in training.
+        num_threads: for torch.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        manifest: dict[str, Any],
+        neighbours: Path,
+        checkpoint: Path,
+        num_neighbours: int | None,
+        num_threads: int,
+    ) -> None:
         torch.set_num_threads(num_threads)
-        self._database = Database.open(home)
+        self._database = Database(directory, Manifest.from_dict(manifest))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model, _, _ = load_model(checkpoint, self._database.manifest, device)
-        self._num_neighbours = num_neighbours
+        count = self._model.config.num_neighbours if num_neighbours is None else num_neighbours
+        self._num_neighbours = count
+        self._neighbours = neighbours_in(neighbours, self._database, count)
 
     def score(self, mode: RetrievalMode, documents: Sequence[int]) -> tuple[RetrievalMode, BitsPerByte]:
         store = self._database.validation
         if store is None:
             raise DatabaseError("the database has no validation split")
         score = score_documents(
-            self._model, store, self._database, documents, mode=mode, num_neighbours=self._num_neighbours
+            self._model,
+            store,
+            self._database,
+            documents,
+            mode=mode,
+            num_neighbours=self._num_neighbours,
+            neighbours=self._neighbours,
         )
         return mode, score
 
@@ -86,6 +115,8 @@ def evaluate(
     num_workers: int | None = None,
 ) -> Evaluation:
     """Score the newest checkpoint of a run with retrieval on, off, and with random neighbours.
+
+    Neighbours are those in the database as it is now: after edits they are searched again first.
 
     Args:
         home: of the database and the run.
@@ -113,7 +144,9 @@ def evaluate(
     num_workers = num_workers or num_gpus or num_free_cpus()
     actor = ray.remote(num_cpus=0 if num_gpus else 0.9, num_gpus=1 if num_gpus else 0)(Scorer)
     actor = actor.options(runtime_env={"env_vars": FAST_ALLOCATOR_ENV})
-    pool = ActorPool([actor.remote(home, folder, num_neighbours, 1) for _ in range(num_workers)])
+    manifest = database.manifest.to_dict()
+    settings = (database.directory, manifest, current_neighbours(database, store), folder, num_neighbours, 1)
+    pool = ActorPool([actor.remote(*settings) for _ in range(num_workers)])
     tasks = [(mode, part) for part in _parts(documents, store.document_num_chunks) for mode in MODES]
     sums: dict[RetrievalMode, list[BitsPerByte]] = {mode: [] for mode in MODES}
     results = pool.map_unordered(lambda scorer, task: scorer.score.remote(*task), tasks)
@@ -123,6 +156,7 @@ def evaluate(
         checkpoint=folder,
         step=meta.step,
         database_version=database.manifest.version,
+        database_generation=database.manifest.generation,
         num_neighbours=num_neighbours if num_neighbours is not None else meta.config.model.num_neighbours,
         num_documents=len(documents),
         num_chunks=int(store.document_num_chunks[documents].sum()),
