@@ -89,7 +89,7 @@ def commit(directory: Path, manifest: Manifest, base: Manifest | None, written: 
         )
     write_manifest(directory, manifest)
     _flush_folder(directory)
-    return manifest
+    return read_manifest(directory)
 
 
 def make_durable(directory: Path, paths: Iterable[str]) -> None:
