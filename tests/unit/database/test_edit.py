@@ -191,6 +191,29 @@ def test_stored_neighbours_that_are_deleted_make_room_for_the_next(home: Path, e
     assert dropped > 0
 
 
+def test_live_chunks_and_their_places(home: Path, editor: DatabaseEditor) -> None:
+    """Over several segments, with gaps at their borders, and with chunk_ids of before a compaction."""
+    editor.add([document("new")])
+    editor.compact(num_shards=3)
+    editor.add([document("newer"), document("newest")])
+    editor.delete(["d0", "d1", "newest", "d4"])
+    database = Database.open(home)
+    places = {
+        store.chunk_id_base + row: (number, row)
+        for number, store in enumerate(database.segments)
+        for row in range(store.num_chunks)
+        if store.document_ref(int(store.document_of(np.array([row]))[0])).id not in ("d0", "d1", "newest", "d4")
+    }
+    chunk_ids = np.arange(-2, database.manifest.next_chunk_id + 3)
+    segments, rows = database.locate(chunk_ids)
+    expected = [places.get(int(chunk_id), (-1, -1)) for chunk_id in chunk_ids]
+    assert list(zip(segments.tolist(), rows.tolist(), strict=True)) == expected
+    runs = [chunk_id for first, last in database.live_runs for chunk_id in range(first, last + 1)]
+    assert runs == sorted(places)
+    assert len(database.live_runs) >= 3
+    assert len(places) == database.manifest.num_live_chunks
+
+
 def test_an_update_replaces_what_is_there_and_adds_what_is_not(home: Path, editor: DatabaseEditor) -> None:
     report = editor.update([document("d4", "omicron " * 20), document("new"), document("d0", "xi")])
     assert (report.documents_added, report.documents_deleted) == (3, 2)

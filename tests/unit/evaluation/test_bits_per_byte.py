@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from retro_ray.config import ModelConfig
+from retro_ray.database.edit import DatabaseEditor
+from retro_ray.database.store import Database
 from retro_ray.errors import ConfigError
 from retro_ray.evaluation.bits_per_byte import (
     BitsPerByte,
@@ -171,6 +173,32 @@ def test_neighbours_of_ones_own_can_be_given(database, store):
     assert set(asked) == set(range(*store.document_rows(1)))
     assert not any(call["neighbour_mask_BLKR"].any() for call in model.calls)
     assert model.calls[0]["neighbours_BLKR"].shape[2] == 7
+
+
+def test_random_neighbours_are_drawn_from_what_is_not_deleted(tmp_path):
+    whole = write_tiny_database(tmp_path, num_documents=8, num_validation_documents=2)
+    editor = DatabaseEditor(tmp_path)
+
+    def drawn(database):
+        model = bigram_model(database)
+        store = database.validation
+        score_documents(model, store, database, range(store.num_documents), mode="random", num_neighbours=60)
+        return {tuple(tokens) for call in model.calls for tokens in call["neighbours_BLKR"].flatten(0, 2).tolist()}
+
+    def neighbours_of(database, chunk_ids):
+        return {tuple(tokens) for tokens in database.neighbour_tokens(chunk_ids)[0].tolist()}
+
+    nothing = tuple([0] * 2 * whole.chunk_length)
+    everything = np.arange(whole.manifest.num_chunks)
+    assert drawn(whole) == neighbours_of(whole, everything) | {nothing}
+    deleted = ["shard-00000/1", "shard-00000/2", "shard-00001/3"]
+    editor.delete(deleted)
+    edited = Database.open(tmp_path)
+    assert drawn(edited) == neighbours_of(edited, everything[~edited.is_deleted(everything)]) | {nothing}
+    editor.delete(
+        [f"shard-{shard:05d}/{i}" for shard in (0, 1) for i in range(4) if f"shard-{shard:05d}/{i}" not in deleted]
+    )
+    assert drawn(Database.open(tmp_path)) == {nothing}
 
 
 def test_random_neighbours_of_a_document_do_not_depend_on_what_else_is_scored(database, store):
