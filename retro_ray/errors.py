@@ -23,6 +23,10 @@ class DatabaseError(RetroRayError):
     """A retrieval database is missing, torn, or not what its manifest lists."""
 
 
+class BusyError(DatabaseError):
+    """A database that something else is changing: to be tried again."""
+
+
 class MismatchError(RetroRayError):
     """Two artefacts do not belong together: their fingerprints differ."""
 

@@ -4,6 +4,7 @@
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,18 +13,24 @@ import torch
 from fastapi import FastAPI
 from pydantic import ValidationError
 from ray import serve
+from ray.exceptions import RayActorError, RayError
 from ray.serve import Application, metrics
 from ray.serve.config import AutoscalingConfig
 
+from retro_ray.database.edit import DatabaseEditor
+from retro_ray.database.format import fingerprint
 from retro_ray.database.store import Database
-from retro_ray.errors import RetroRayError
-from retro_ray.ray_session import connect, connect_if_running
+from retro_ray.errors import BusyError, RetroRayError
+from retro_ray.ray_session import NAMESPACE, connect, connect_if_running, user_error
+from retro_ray.retrieval.announce import announce_commit
 from retro_ray.retrieval.retriever import ChunkRetriever
 from retro_ray.retrieval.sharded import ShardedRetriever
 from retro_ray.serve.api import ApiSettings, build_api
+from retro_ray.serve.editing import HomeDocuments
 from retro_ray.serve.keys import ApiKey, KeyRing, read_keys
 from retro_ray.serve.replica import Replica
 from retro_ray.serve.settings import ServeSettings
+from retro_ray.text.corpus import Document
 from retro_ray.training.checkpoint import find_checkpoint, require_match
 from retro_ray.training.run_folder import run_directory
 
@@ -42,10 +49,11 @@ class GenerationService:
         torch.set_num_threads(max(1, int(settings.num_cpus)))
         device = torch.device("cuda" if settings.num_gpus else "cpu")
         database = Database.open(settings.home)
-        shards = ShardedRetriever(database)
+        shards = ShardedRetriever(database, settings.retrieval)
         shards.wait_until_ready()
         search = ChunkRetriever.open(database, shards, device)
         self._replica = Replica(settings, database, search, metrics, device)
+        self._documents = HomeDocuments(settings.home, ActorEdits(settings.home))
         self._api_settings = ApiSettings(
             keys=KeyRing(keys),
             # HAProxy in place of Serve's proxy hides whom a request comes from.
@@ -56,7 +64,47 @@ class GenerationService:
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._replica, settings=self._api_settings)
+        return build_api(self._replica, self._documents, self._api_settings)
+
+
+class DocumentEditorActor:
+    """Edits a home's database for all replicas, in a process of its own: embedding there holds up no request."""
+
+    def __init__(self, home: str) -> None:
+        self._editor = DatabaseEditor(Path(home), announce=announce_commit)
+
+    def update(self, documents: list[Document]) -> None:
+        self._editor.update(documents)
+
+    def delete(self, document_ids: list[str]) -> None:
+        self._editor.delete(document_ids)
+
+
+class ActorEdits:
+    """Edits through the actor of a home, which the first edit starts and which ends with the replica that did."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        self._actor: Any = None
+
+    async def update(self, documents: Sequence[Document]) -> None:
+        await self._edit("update", list(documents))
+
+    async def delete(self, document_ids: Sequence[str]) -> None:
+        await self._edit("delete", list(document_ids))
+
+    async def _edit(self, method: str, what: list[Any]) -> None:
+        if self._actor is None:
+            name = f"editor-{fingerprint(str(self._home))[:8]}"
+            actor = ray.remote(num_cpus=0)(DocumentEditorActor)
+            self._actor = actor.options(name=name, namespace=NAMESPACE, get_if_exists=True).remote(str(self._home))
+        try:
+            await getattr(self._actor, method).remote(what)
+        except RayActorError as error:
+            self._actor = None
+            raise BusyError("the process that edits the database has ended and is started again: try again") from error
+        except RayError as error:
+            raise user_error(error, self._home) or error from error
 
 
 def app(arguments: dict[str, Any]) -> Application:
@@ -112,12 +160,15 @@ def _log_beside_serve() -> None:
 def _one_line(error: ValidationError) -> str:
     """The first wrong argument: its name, its value and what it must be."""
     first = error.errors()[0]
-    if not first["loc"]:
-        return f"{error.title}: {first['msg']}"
-    name = first["loc"][0]
+    name = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if not name:
+        return f"{error.title}: {message}"
+    if first["type"] == "unexpected_keyword_argument":
+        return f"unknown argument {name}"
     if first["type"] == "extra_forbidden":
         return f"unknown argument {name}; there are {', '.join(ServeSettings.model_fields)}"
-    return f"{name}={first['input']}: {first['msg']}"
+    return f"{name}={first['input']}: {message}"
 
 
 def _start_ray_if_none_runs() -> None:

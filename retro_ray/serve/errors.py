@@ -12,7 +12,17 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from retro_ray.errors import DeadlineError, InputError, OverloadedError, PromptError, RetrievalError, RetroRayError
+from retro_ray.errors import (
+    BusyError,
+    DeadlineError,
+    InputError,
+    OverloadedError,
+    PromptError,
+    RetrievalError,
+    RetroRayError,
+)
+
+_RETRY_EDIT_AFTER_S = "5"
 
 UNSUPPORTED = frozenset({"best_of", "frequency_penalty", "logit_bias", "presence_penalty", "suffix", "user"})
 """OpenAI's parameters of completions that this service does not know."""
@@ -74,6 +84,8 @@ def api_error(error: Exception) -> ApiError | None:
         return ApiError(408, str(error), code="deadline_exceeded", headers={"X-Should-Retry": "false"})
     if isinstance(error, RetrievalError):
         return ApiError(503, str(error), code="retrieval_failed")
+    if isinstance(error, BusyError):
+        return ApiError(503, str(error), code="database_busy", headers={"Retry-After": _RETRY_EDIT_AFTER_S})
     if isinstance(error, RetroRayError):
         # Meant for who can mend it: of these routes only those that edit raise such.
         return ApiError(400 if isinstance(error, InputError) else 500, str(error))

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from retro_ray.config import default_home
+from retro_ray.config import RetrievalConfig, default_home
 
 
 class ServeSettings(BaseModel):
@@ -32,12 +32,14 @@ class ServeSettings(BaseModel):
     """Completions that a replica decodes together."""
     max_queued: int = Field(default=64, ge=1)
     """Completions that wait in a replica; more are refused at once (503)."""
+    retrieval: RetrievalConfig = RetrievalConfig()
+    """How the shards are searched, e.g. '{"policy": "partial", "num_replicas": 2, "rerank": "overlap"}'."""
     max_cached_tokens: int | None = Field(default=None, ge=1)
     """Tokens that the KV cache may hold; default: `max_batch_size` whole contexts."""
     max_deadline_s: float = Field(default=600, gt=0)
     """After which a request is given up; a request may ask for less."""
     drain_s: float = Field(default=30, ge=0)
-    """What runs when a replica is shut down may go on for so long."""
+    """What runs when a replica is shut down may go on for so long; then it is cut off."""
     refresh_s: float = Field(default=5, gt=0)
     """How often a replica looks for a new checkpoint, and whether the shards answer."""
     api_keys_file: Path | None = None
@@ -50,7 +52,7 @@ class ServeSettings(BaseModel):
     def _make_absolute(cls, home: Path) -> Path:
         return home.expanduser().absolute()
 
-    @field_validator("autoscaling_config", mode="before")
+    @field_validator("autoscaling_config", "retrieval", mode="before")
     @classmethod
     def _read_json(cls, value: Any) -> Any:
         """On a command line it is text."""

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import openai
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -83,9 +84,9 @@ class Cluster:
             [program, *command[1:]], env=self.environment, cwd=ROOT, capture_output=True, text=True, timeout=300
         )
 
-    def post(self, content: dict) -> tuple[int, dict]:
+    def post(self, content: dict, path: str = "/v1/completions") -> tuple[int, dict]:
         request = urllib.request.Request(
-            f"{self.http}/v1/completions", json.dumps(content).encode(), {"content-type": "application/json"}
+            f"{self.http}{path}", json.dumps(content).encode(), {"content-type": "application/json"}
         )
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
@@ -217,6 +218,37 @@ def test_the_same_from_the_command_line(service: Cluster) -> None:
     generated = json.loads(done.stdout)
     assert generated["text"] == answer["choices"][0]["text"]
     assert [c["query"] for c in generated["citations"]] == [c["query"] for c in answer["choices"][0]["citations"]]
+
+
+def test_the_openai_package_streams_what_it_gets_whole(service: Cluster) -> None:
+    client = openai.OpenAI(base_url=f"{service.http}/v1", api_key="-", max_retries=0)
+    asked = {"model": "default", "prompt": "The animal number 5 lives", "max_tokens": 30, "temperature": 0}
+    whole = client.completions.with_raw_response.create(**asked)
+    assert whole.headers.get_list("x-request-id") == [whole.request_id]  # one, though Serve's proxy has a hand in it
+    chunks = list(client.completions.create(**asked, stream=True))
+    text = "".join(chunk.choices[0].text for chunk in chunks)
+    assert text == whole.parse().choices[0].text
+    assert len([chunk for chunk in chunks if chunk.choices[0].text]) > 5
+    with pytest.raises(openai.BadRequestError, match="the model's context holds 512"):
+        client.completions.create(**{**asked, "max_tokens": 600})
+
+
+def test_a_document_added_over_http_is_found_at_once(service: Cluster) -> None:
+    new = {"id": "zoo/1", "title": "Zoo", "source": "", "text": "A purple elephant sings an opera about cabbages."}
+
+    def nearest() -> str:
+        status, answer = service.post({"text": new["text"], "num_neighbours": 1}, "/v1/retrieve")
+        assert status == 200
+        return answer["data"][0]["neighbours"][0]["document_id"]
+
+    assert service.post({"documents": [new]}, "/v1/documents")[0] == 200
+    assert nearest() == "zoo/1"
+    done = service.run("python", "-m", "retro_ray", "search", new["text"], "--k", "1", "--json")
+    assert json.loads(done.stdout)[0]["document"] == "zoo/1"
+    request = urllib.request.Request(f"{service.http}/v1/documents/zoo/1", method="DELETE")
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        assert json.load(answer)["deleted"] is True
+    assert nearest() != "zoo/1"
 
 
 def test_verify_names_the_damaged_file(trained: Cluster) -> None:

@@ -70,12 +70,15 @@ def test_a_model_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         ({"hoem": "x"}, "unknown argument hoem; there are home, run, num_replicas, autoscaling_config"),
         ({"num_replicas": "0"}, "num_replicas=0: Input should be greater than or equal to 1"),
         ({"max_batch_size": "many"}, "max_batch_size=many: Input should be a valid integer"),
-        ({"autoscaling_config": "{"}, "autoscaling_config={: Value error, not valid JSON"),
+        ({"autoscaling_config": "{"}, "autoscaling_config={: not valid JSON"),
         ({"autoscaling_config": '{"max_replicas": 0}'}, "max_replicas=0: Input should be greater than 0"),
         (
             {"autoscaling_config": '{"min_replicas": 3, "max_replicas": 2}'},
-            "AutoscalingConfig: Value error, max_replicas",
+            "AutoscalingConfig: max_replicas",
         ),
+        ({"retrieval": '{"policy": "never"}'}, "retrieval.policy=never: Input should be 'wait', 'partial' or 'fail'"),
+        ({"retrieval": '{"timeout_s": 0}'}, "retrieval={'timeout_s': 0}: timeout_s is 0.0; it must be above 0"),
+        ({"retrieval": '{"shards": 2}'}, "unknown argument retrieval.shards"),
         ({"api_keys_file": "/nowhere/keys"}, "the API keys in /nowhere/keys cannot be read"),
     ],
 )
