@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from retro_ray.command_line import parse, run
-from retro_ray.config import CorpusConfig, DatabaseConfig, default_home
+from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig, default_home
 from retro_ray.errors import RetroRayError
 
 
@@ -29,6 +29,10 @@ class IndexJob:
     database: DatabaseConfig = field(default_factory=DatabaseConfig)
     discard_edits: bool = False
     """Build anew a database that was edited since it was built, without what was added to it."""
+    num_replicas: int = 1
+    """Actors that serve each shard while neighbours are searched, on different nodes where there are several."""
+    mmap: bool = False
+    """These actors leave indexes and keys on disk: for a database larger than memory."""
     json: bool = False
     """Print the result as one JSON object."""
 
@@ -43,7 +47,9 @@ def main(job: IndexJob) -> None:
     home = job.home.expanduser().absolute()
     with redirect_stdout(sys.stderr):  # the result alone is output; Ray prints its own warnings there
         connect()
-        manifest = DatabaseBuilder(home, job.corpus, job.database, discard_edits=job.discard_edits).run()
+        retrieval = RetrievalConfig(num_replicas=job.num_replicas, mmap=job.mmap)
+        builder = DatabaseBuilder(home, job.corpus, job.database, discard_edits=job.discard_edits, retrieval=retrieval)
+        manifest = builder.run()
     result = describe_build(home, manifest, time.perf_counter() - start)
     print(json.dumps(result, indent=2) if job.json else as_lines(result))
 

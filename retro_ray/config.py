@@ -14,6 +14,9 @@ from typing import Any, Literal
 
 from retro_ray.errors import ConfigError
 
+RerankMethod = Literal["none", "overlap"]
+RetrievalPolicy = Literal["wait", "partial", "fail"]
+
 
 def default_home() -> Path:
     """`$RETRO_RAY_HOME`, else `~/.retro_ray`; absolute, so that no working directory matters."""
@@ -68,9 +71,15 @@ class DatabaseConfig:
     """Share of the documents, by a hash of their id, held out of the database for validation."""
     seed: int = 0
     """Of the held-out choice and of the index training sample."""
+    rerank: RerankMethod = "none"
+    """`overlap`: of the nearest chunks, those that share most words with the query become its
+    neighbours; searches in this database then do the same, unless told otherwise."""
+    num_rerank_candidates: int = 50
+    """Nearest chunks from which reranking chooses."""
 
     def __post_init__(self) -> None:
         _require(self.chunk_length >= 2, "--chunk-length", self.chunk_length, "at least 2")
+        _require(self.num_rerank_candidates >= 1, "--num-rerank-candidates", self.num_rerank_candidates, "at least 1")
         _require(self.num_shards is None or self.num_shards >= 1, "--num-shards", self.num_shards, "at least 1")
         _require(self.num_neighbours >= 1, "--num-neighbours", self.num_neighbours, "at least 1")
         _require(0 <= self.validation_share < 1, "--validation-share", self.validation_share, "0 or more, under 1")
@@ -79,6 +88,32 @@ class DatabaseConfig:
             size = self.tokenizer.removeprefix("train:")
             # 256 bytes and one special token are the floor of a byte-level BPE.
             _require(size.isdigit() and int(size) >= 257, "--tokenizer", self.tokenizer, "train:N with N at least 257")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig:
+    """How a database is searched through the actors of its shards."""
+
+    num_replicas: int = 1
+    """Actors that serve each shard, on different nodes where there are several."""
+    timeout_s: float = 30.0
+    """A replica that takes longer to answer is given up for another one."""
+    policy: RetrievalPolicy = "wait"
+    """Where no replica of a shard answers: wait for one, answer without the shard and say so
+    (partial), or fail."""
+    mmap: bool = False
+    """Leave indexes and keys on disk and read what is looked at: for a database larger than memory.
+    Actors that run already stay as they are."""
+    rerank: RerankMethod | None = None
+    """How neighbours are reordered; default: as those were that the database stores."""
+    num_rerank_candidates: int | None = None
+    """Nearest chunks from which reranking chooses; default: as for those that the database stores."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_replicas >= 1, "num_replicas", self.num_replicas, "at least 1")
+        _require(self.timeout_s > 0, "timeout_s", self.timeout_s, "above 0")
+        number = self.num_rerank_candidates
+        _require(number is None or number >= 1, "num_rerank_candidates", number, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

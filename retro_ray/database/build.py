@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import ray
 
-from retro_ray.config import CorpusConfig, DatabaseConfig
+from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig
 from retro_ray.database import survey as surveys
 from retro_ray.database.assemble import assemble_partition
 from retro_ray.database.build_plan import plan_build
@@ -47,11 +47,19 @@ from retro_ray.database.format import (
 from retro_ray.database.keys import sample_keys
 from retro_ray.database.reading import refuse_empty_corpus
 from retro_ray.database.split import VALIDATION, Split
-from retro_ray.database.tasks import fill_shard, named_problem, named_record, search_neighbours, survey_to_disk
+from retro_ray.database.tasks import (
+    count_tokens,
+    fill_shard,
+    named_problem,
+    named_record,
+    search_neighbours,
+    survey_to_disk,
+)
+from retro_ray.database.token_statistics import write_token_statistics
 from retro_ray.errors import DatabaseError
 from retro_ray.index.build import choose_index, num_training_keys, train_index, write_index
 from retro_ray.ray_session import run_tasks
-from retro_ray.retrieval.shard_actor import stop_shard_actors
+from retro_ray.retrieval.shard_actor import refresh_shard_actors, stop_shard_actors
 from retro_ray.text.corpus import ReadUnit, SkippedRecord
 from retro_ray.text.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -69,11 +77,19 @@ class DatabaseBuilder:
         corpus: what to read.
         config: what to make of it.
         discard_edits: build anew a database that was edited since it was built.
+        retrieval: how its neighbours are searched.
     """
 
     def __init__(
-        self, home: Path, corpus: CorpusConfig, config: DatabaseConfig, *, discard_edits: bool = False
+        self,
+        home: Path,
+        corpus: CorpusConfig,
+        config: DatabaseConfig,
+        *,
+        discard_edits: bool = False,
+        retrieval: RetrievalConfig | None = None,
     ) -> None:
+        self._retrieval = retrieval or RetrievalConfig()
         self._discard_edits = discard_edits
         self._directory = database_directory(home)
         self._corpus = corpus
@@ -286,6 +302,9 @@ class DatabaseBuilder:
             key_dim=self._key_dim,
             index=spec,
             num_neighbours=self._config.num_neighbours,
+            rerank=self._config.rerank,
+            num_rerank_candidates=self._config.num_rerank_candidates,
+            token_statistics=self._count_tokens(shards, tokenizer),
             num_shards=len(shards),
             segments=shards,
             next_chunk_id=num_chunks,
@@ -300,6 +319,8 @@ class DatabaseBuilder:
             paths += [partition.chunks, partition.documents, partition.ids, partition.keys]
         if manifest.codec:
             paths += [manifest.codec, *(shard.index for shard in shards)]
+        if manifest.token_statistics:
+            paths.append(manifest.token_statistics)
         return dataclasses.replace(manifest, files=self._checksums(paths))
 
     def _build_indexes(self, spec: IndexSpec, codec: Path, shards: tuple[Partition, ...]) -> None:
@@ -313,14 +334,26 @@ class DatabaseBuilder:
         for _ in run_tasks(ray.remote(fill_shard), todo, "index"):
             pass
 
+    def _count_tokens(self, shards: tuple[Partition, ...], tokenizer: TextTokenizer) -> str:
+        """Write in how many chunks each token occurs; returns the file's name."""
+        shape = (self._config.chunk_length, tokenizer.vocab_size)
+        counts = list(
+            run_tasks(ray.remote(count_tokens), [(self._directory, shard, *shape) for shard in shards], "count")
+        )
+        path = f"{self._build_id}/token_statistics.npy"
+        num_chunks = sum(shard.num_chunks for shard in shards)
+        write_token_statistics(self._directory / path, np.sum(counts, axis=0), num_chunks)
+        return path
+
     def _checksums(self, paths: list[str]) -> dict[str, FileRecord]:
         records = run_tasks(ray.remote(named_record), [(self._directory, path) for path in paths], "checksums")
         return dict(sorted(records))
 
     def _find_neighbours(self, manifest: Manifest) -> Manifest:
-        """Search the neighbours of every chunk through the shard actors of this version."""
+        """Search the neighbours of every chunk through shard actors of this build."""
         partitions = [*manifest.segments, *([manifest.validation] if manifest.validation else [])]
-        todo = [(self._directory, manifest, part) for part in partitions if not self._neighbours_of(part).exists()]
+        todo = [part for part in partitions if not self._neighbours_of(part).exists()]
+        todo = [(self._directory, manifest, part, self._retrieval) for part in todo]
         # The shards do the work; two tasks in flight keep them busy while one of them merges and writes.
         search = ray.remote(num_cpus=0)(search_neighbours)
         for _ in run_tasks(search, todo, "neighbours", max_in_flight=2):
@@ -358,4 +391,5 @@ class DatabaseBuilder:
         shutil.rmtree(self._work, ignore_errors=True)
         for summary in self._build.glob("*/partition.json"):
             summary.unlink()
-        stop_shard_actors(self._directory, except_version=manifest.version)
+        stop_shard_actors(self._directory, pinned_only=True)
+        refresh_shard_actors(self._directory)

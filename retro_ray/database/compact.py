@@ -14,6 +14,7 @@ from retro_ray.database.keys import sample_keys, write_keys
 from retro_ray.database.segment_writer import SegmentWriter, chunk_rows
 from retro_ray.database.split import shard_name
 from retro_ray.database.store import ChunkStore, Database
+from retro_ray.database.token_statistics import num_holding, write_token_statistics
 from retro_ray.database.transaction import Transaction
 from retro_ray.errors import DatabaseError
 from retro_ray.index.build import choose_index, num_training_keys, train_index, write_index
@@ -70,10 +71,23 @@ def compact_segments(edit: Transaction, num_shards: int) -> None:
     )
     for segment in segments:
         edit.add_files(segment.chunks, segment.documents, segment.ids, segment.keys)
+    _count_tokens(edit, segments)
     _train(edit, segments)
     for segment in segments:
         index_segment(edit, segment)
     store_neighbours(edit, [*segments, *([base.validation] if base.validation else [])])
+
+
+def _count_tokens(edit: Transaction, segments: Sequence[Partition]) -> None:
+    """What reranking needs to know of the words that are left."""
+    stores = [ChunkStore(edit.directory, segment, edit.base.chunk_length) for segment in segments]
+    path = f"{edit.folder}/token_statistics.npy"
+    holding = num_holding(stores, edit.base.vocab_size)
+    write_token_statistics(edit.directory / path, holding, sum(segment.num_chunks for segment in segments))
+    if edit.base.token_statistics is not None:
+        edit.drop_files(edit.base.token_statistics)
+    edit.add_files(path)
+    edit.replace(token_statistics=path)
 
 
 def _assign(database: Database, num_shards: int) -> list[list[_Run]]:

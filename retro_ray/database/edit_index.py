@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from retro_ray.config import RetrievalConfig
 from retro_ray.database.add_segment import PROGRESS_DELAY_S
 from retro_ray.database.format import Partition
 from retro_ray.database.keys import key_blocks
@@ -31,7 +32,7 @@ def store_neighbours(edit: Transaction, partitions: Sequence[Partition]) -> None
     The manifest then says where they are, and of which generation.
     """
     database = edit.database()
-    retriever = LocalRetriever.open(database)
+    retriever = LocalRetriever.open(database, RetrievalConfig(mmap=True), pinned=True)
     searched: dict[str, Partition] = {}
     total = sum(partition.num_chunks for partition in partitions)
     with progress_bar(total, "neighbours", " chunks", delay_s=PROGRESS_DELAY_S) as bar:
@@ -43,7 +44,7 @@ def store_neighbours(edit: Transaction, partitions: Sequence[Partition]) -> None
             path = edit.directory / placed.neighbours
             path.parent.mkdir(exist_ok=True)
             store = ChunkStore(edit.directory, partition, database.chunk_length)
-            write_neighbours(store, retriever, edit.manifest.num_neighbours, path)
+            write_neighbours(store, retriever, edit.manifest.num_neighbours, path, database)
             edit.add_files(placed.neighbours)
             searched[partition.name] = placed
             bar.update(partition.num_chunks)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from retro_ray.config import CorpusConfig
+import numpy as np
+
+from retro_ray.config import CorpusConfig, RetrievalConfig
 from retro_ray.database.format import FileRecord, Manifest, Partition, file_problem, file_record
 from retro_ray.database.keys import key_blocks
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.database.survey import survey_unit, write_survey
+from retro_ray.database.token_statistics import num_holding
 from retro_ray.index.build import fill_index, read_index, write_index
 from retro_ray.retrieval.neighbours import write_neighbours
 from retro_ray.retrieval.sharded import ShardedRetriever
@@ -29,6 +32,11 @@ def fill_shard(codec: Path, keys: Path, target: Path) -> None:
     write_index(fill_index(read_index(codec), key_blocks(keys)), target)
 
 
+def count_tokens(directory: Path, partition: Partition, chunk_length: int, vocab_size: int) -> np.ndarray:
+    """How many chunks of a partition hold each token, int64 [V]."""
+    return num_holding([ChunkStore(directory, partition, chunk_length)], vocab_size)
+
+
 def named_record(directory: Path, path: str) -> tuple[str, FileRecord]:
     """A file's name and its checksum."""
     return path, file_record(directory / path)
@@ -39,9 +47,10 @@ def named_problem(path: Path, record: FileRecord) -> tuple[Path, str | None]:
     return path, file_problem(path, record)
 
 
-def search_neighbours(directory: Path, manifest: Manifest, partition: Partition) -> int:
+def search_neighbours(directory: Path, manifest: Manifest, partition: Partition, retrieval: RetrievalConfig) -> int:
     """Write the neighbours of all chunks of a partition; returns how many were missing."""
     database = Database(directory, manifest)
     store = ChunkStore(directory, partition, manifest.chunk_length)
     path = directory / partition.neighbours
-    return write_neighbours(store, ShardedRetriever(database), manifest.num_neighbours, path)
+    retriever = ShardedRetriever(database, retrieval, pinned=True)
+    return write_neighbours(store, retriever, manifest.num_neighbours, path, database)

@@ -29,9 +29,7 @@ class LocalRetriever(DatabaseRetriever):
     """A Retriever over shards in this process. It follows the database: a commit shows in the next search."""
 
     @classmethod
-    def open(
-        cls, database: Database, config: RetrievalConfig | None = None, *, pinned: bool = False
-    ) -> LocalRetriever:
+    def open(cls, database: Database, config: RetrievalConfig | None = None, *, pinned: bool = False) -> LocalRetriever:
         """A retriever for `database`.
 
         Args:

@@ -1,7 +1,7 @@
 """What it means to retrieve: the protocol, its answer, and text in front of it.
 
 Distances are squared L2, ascending; ties are broken by chunk_id, so that an answer does not depend
-on how the database is sharded.
+on how the database is sharded. Reranking (rerank.py) then puts them into another order.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from retro_ray.config import RerankMethod
 from retro_ray.database.store import Database, DocumentRef
 from retro_ray.errors import MismatchError
 from retro_ray.text.tokenizer import TextTokenizer
@@ -32,7 +33,7 @@ class NeighbourSet:
     """
 
     distances: np.ndarray
-    """float32 [Q, K], ascending."""
+    """float32 [Q, K], ascending unless reranked."""
     chunk_ids: np.ndarray
     """int64 [Q, K]."""
     tokens: np.ndarray
@@ -43,19 +44,34 @@ class NeighbourSet:
     """[Q][K]."""
     missing_shards: tuple[int, ...] = ()
     """Shards that did not answer; empty for a complete answer."""
+    generation: int = 0
+    """Of the database that was searched: all of an answer is of one."""
 
 
 class Retriever(Protocol):
     """Finds the nearest chunks of query embeddings in one retrieval database."""
 
-    def search(self, queries: np.ndarray, k: int) -> NeighbourSet:
-        """The `k` nearest chunks of each query, float32 [Q, D]."""
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        chunks: Sequence[Sequence[int]] | None = None,
+        rerank: RerankMethod | None = None,
+    ) -> NeighbourSet:
+        """The `k` neighbours of each query.
+
+        Args:
+            queries: float32 [Q, D].
+            k: neighbours per query.
+            chunks: the token ids that were embedded; without them, nothing is reranked.
+            rerank: how; default: as the retriever is set.
+        """
         ...
 
     def search_ids(
         self, queries: np.ndarray, k: int, excluded_ids: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Distances float32 [Q, K] and chunk_ids int64 [Q, K] alone.
+        """Distances float32 [Q, K] and chunk_ids int64 [Q, K] alone, complete and not reranked.
 
         Args:
             queries: float32 [Q, D].
@@ -94,10 +110,15 @@ class ChunkRetriever:
             )
         return cls(database.tokenizer, embedder, retriever)
 
-    def retrieve_texts(self, texts: Sequence[str], k: int) -> NeighbourSet:
-        """The `k` nearest chunks of each text."""
-        return self._retriever.search(self._embedder.embed(texts), k)
+    def retrieve_texts(self, texts: Sequence[str], k: int, rerank: RerankMethod | None = None) -> NeighbourSet:
+        """The `k` neighbours of each text; `rerank` as in Retriever.search."""
+        return self._retriever.search(
+            self._embedder.embed(texts), k, [self.tokenizer.encode(text).tolist() for text in texts], rerank
+        )
 
-    def retrieve_chunks(self, chunks: Sequence[Sequence[int]], k: int) -> NeighbourSet:
-        """The `k` nearest chunks of each chunk of token ids."""
-        return self.retrieve_texts(self.tokenizer.decode_batch(chunks), k)
+    def retrieve_chunks(
+        self, chunks: Sequence[Sequence[int]], k: int, rerank: RerankMethod | None = None
+    ) -> NeighbourSet:
+        """The `k` neighbours of each chunk of token ids; `rerank` as in Retriever.search."""
+        keys = self._embedder.embed(self.tokenizer.decode_batch(chunks))
+        return self._retriever.search(keys, k, chunks, rerank)

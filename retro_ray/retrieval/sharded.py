@@ -1,96 +1,173 @@
-"""A Retriever over shard actors: fan out, merge, and never lose a query silently."""
+"""A Retriever over shard actors: in parallel, over replicas, and never silently incomplete."""
 
 from __future__ import annotations
 
+import itertools
+import os
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnschedulableError, RayActorError, RayError, RayTaskError
 
+from retro_ray.config import RetrievalConfig
+from retro_ray.database.format import Manifest, database_directory
 from retro_ray.database.store import Database
-from retro_ray.errors import RetrievalError
-from retro_ray.retrieval.local import merge_answers, merge_ids
-from retro_ray.retrieval.retriever import NeighbourSet
-from retro_ray.retrieval.shard_actor import shard_actor
+from retro_ray.errors import DatabaseError
+from retro_ray.retrieval.database_retriever import DatabaseRetriever
+from retro_ray.retrieval.failover import FailoverClient, Failure, FailureKind
+from retro_ray.retrieval.following import FollowedManifest
+from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
+from retro_ray.retrieval.shard_actor import ReplicaName, start_replica
 
 _INLINE_BYTES = 100_000
-"""Larger query arrays are put into the object store once, not sent to every shard."""
+"""A larger request is put into the object store once, not sent to every shard."""
 
 
-class ShardedRetriever:
+class ShardedRetriever(DatabaseRetriever):
     """Searches a database through the actors of its shards, starting those that do not run.
 
+    It follows the database: a commit shows in the next search. Any number of threads may use it.
+
     Args:
-        database: the version to search.
-        timeout_s: how long a shard may take to answer, its start included.
-        num_attempts: how often a shard whose actor has died is started again for one query.
+        database: or the home that it is in.
+        config: replicas, timeout, policy, reranking.
+        pinned: search this very state, which may not be committed yet, through actors of its own.
+
+    Raises:
+        DatabaseError: there is no database.
     """
 
-    def __init__(self, database: Database, *, timeout_s: float = 120.0, num_attempts: int = 3) -> None:
-        self._database = database
-        self._timeout_s = timeout_s
-        self._num_attempts = num_attempts
-        self._actors = [shard_actor(database, shard) for shard in range(len(database.manifest.segments))]
-
-    @property
-    def num_shards(self) -> int:
-        return len(self._actors)
+    def __init__(
+        self, database: Database | Path | str, config: RetrievalConfig | None = None, *, pinned: bool = False
+    ) -> None:
+        config = config or RetrievalConfig()
+        if isinstance(database, Database):
+            directory, manifest = database.directory.absolute(), database.manifest if pinned else None
+        else:
+            directory, manifest = database_directory(Path(database).absolute()), None
+        follow = FollowedManifest(directory, manifest)
+        self._transport = RayTransport(follow, config, manifest)
+        self._database_directory = directory
+        self._shards = RayShards(self._transport, config, directory)
+        super().__init__(follow, self._shards, config)
+        self._transport.start_all()
 
     def wait_until_ready(self) -> None:
-        """Returns once every shard is loaded.
+        """Returns once every shard is loaded, whatever the policy.
 
         Raises:
-            RetrievalError: a shard could not be loaded.
+            RetrievalError: a shard cannot be loaded.
         """
-        self._ask_all("ready")
+        config = RetrievalConfig(timeout_s=self._config.timeout_s, num_replicas=self._config.num_replicas)
+        RayShards(self._transport, config, self._database_directory).ask(None, self.database.manifest.num_shards)
 
-    def search(self, queries: np.ndarray, k: int) -> NeighbourSet:
-        return merge_answers(self._ask_all("search", _shared(queries), k), k)
 
-    def search_ids(
-        self, queries: np.ndarray, k: int, excluded_ids: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        return merge_ids(self._ask_all("search_ids", _shared(queries), k, excluded_ids), k)
+class RayShards:
+    """Asks shard actors."""
 
-    def _ask_all(self, method: str, *arguments: Any) -> list[Any]:
-        """One call per shard, all in flight at once; a shard whose actor died is started again."""
-        calls = [self._ask(shard, method, *arguments) for shard in range(self.num_shards)]
-        return [self._answer(shard, call, method, *arguments) for shard, call in enumerate(calls)]
+    def __init__(self, transport: RayTransport, config: RetrievalConfig, directory: Path) -> None:
+        self._client = FailoverClient(
+            transport,
+            num_replicas=config.num_replicas,
+            timeout_s=config.timeout_s,
+            policy=config.policy,
+            database=str(directory),
+            first_replica=os.getpid(),
+        )
 
-    def _ask(self, shard: int, method: str, *arguments: Any) -> ray.ObjectRef:
-        return getattr(self._actors[shard], method).remote(*arguments)
+    def ask(
+        self, request: CandidateRequest | None, num_shards: int
+    ) -> tuple[Sequence[CandidateAnswer], tuple[int, ...]]:
+        """As Shards.ask; without a request, whether the shards are loaded."""
+        is_large = request is not None and request.num_bytes > _INLINE_BYTES
+        question = self._client.begin(ray.put(request) if is_large else request, num_shards)
+        answers = self._client.finish(question)
+        return list(answers.by_shard.values()), answers.missing_shards
 
-    def _answer(self, shard: int, call: ray.ObjectRef, method: str, *arguments: Any) -> Any:
-        cause: RayError | None = None
-        for attempt in range(self._num_attempts):
+
+class RayTransport:
+    """Calls of shard actors, and their handles."""
+
+    def __init__(self, follow: FollowedManifest, config: RetrievalConfig, pinned: Manifest | None) -> None:
+        self._follow = follow
+        self._config = config
+        self._pinned = pinned
+        self._handles: dict[tuple[int, int], Any] = {}
+        self._lock = threading.Lock()
+
+    def start_all(self) -> None:
+        """Find or start every replica of every shard; they load side by side."""
+        placed: dict[ReplicaName, str] = {}
+        shards = range(self._follow.current().manifest.num_shards)
+        for shard, replica in itertools.product(shards, range(self._config.num_replicas)):
+            self._start(shard, replica, placed)
+
+    def send(self, shard: int, replica: int, request: Any) -> ray.ObjectRef:
+        handle = self._handles.get((shard, replica))
+        if handle is None:
+            handle = self._start(shard, replica, {})  # the database has more shards than before
+        return handle.ready.remote() if request is None else handle.search.remote(request)
+
+    def revive(self, shard: int, replica: int, failure: Failure) -> ray.ObjectRef | None:
+        if not isinstance(failure.cause, (ActorDiedError, ActorUnschedulableError)):
+            return None  # Ray starts it again
+        return self._start(shard, replica, {}).ready.remote()
+
+    def receive(
+        self, calls: Sequence[ray.ObjectRef], timeout_s: float, *, all_of_them: bool
+    ) -> list[CandidateAnswer | Failure | None]:
+        if not calls:
+            return []
+        if all_of_them:
             try:
-                return ray.get(call, timeout=self._timeout_s)
-            except (GetTimeoutError, RayTaskError) as error:
-                cause = error  # too slow, or the search itself fails: asking again would change nothing
-                break
-            except RayError as error:
-                cause = error
-                if attempt + 1 < self._num_attempts:
-                    self._actors[shard] = shard_actor(self._database, shard)
-                    call = self._ask(shard, method, *arguments)
-        raise RetrievalError(
-            f"shard {shard} of {self.num_shards} of the database in {self._database.directory} did not answer "
-            f"({self._what_happened(cause)}): raise timeout_s, give its node more memory, or check the files with "
-            "`python -m retro_ray verify`"
-        ) from cause
+                return ray.get(list(calls), timeout=timeout_s)
+            except RayError:
+                pass  # late or failed: which ones shows below
+        else:
+            ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+        ended = set(ray.wait(list(calls), num_returns=len(calls), timeout=0)[0])
+        return [_outcome(call) if call in ended else None for call in calls]
 
-    def _what_happened(self, cause: RayError | None) -> str:
-        """One line."""
-        if isinstance(cause, GetTimeoutError):
-            return f"timeout_s={self._timeout_s:g} passed"
-        if isinstance(cause, RayTaskError) or (isinstance(cause, RayActorError) and cause.actor_init_failed):
-            # Ray's message is the worker's traceback; its last line is the error.
-            what = "the search failed" if isinstance(cause, RayTaskError) else "it cannot be loaded"
-            return f"{what}: {str(cause).strip().splitlines()[-1]}"
-        return f"its actor died: {' '.join(str(cause).split())[:300]}"
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def _start(self, shard: int, replica: int, placed: dict[ReplicaName, str]) -> Any:
+        build = None if self._pinned is None else self._pinned.build
+        name = ReplicaName(self._follow.directory, shard, replica, build)
+        with self._lock:
+            handle = start_replica(
+                name,
+                pinned=self._pinned,
+                mmap=self._config.mmap,
+                num_shards=self._follow.current().manifest.num_shards,
+                placed=placed,
+            )
+            self._handles[shard, replica] = handle
+            return handle
 
 
-def _shared(queries: np.ndarray) -> Any:
-    queries = np.ascontiguousarray(queries, np.float32)
-    return ray.put(queries) if queries.nbytes > _INLINE_BYTES else queries
+def _outcome(call: ray.ObjectRef) -> CandidateAnswer | Failure:
+    try:
+        return ray.get(call)
+    except RayTaskError as error:
+        if isinstance(error.cause, DatabaseError):
+            return Failure(FailureKind.DAMAGED, f"it cannot be loaded: {error.cause}", error)
+        return Failure(FailureKind.REFUSED, f"the search failed: {_last_line(error)}", error)
+    except RayActorError as error:
+        if error.actor_init_failed:
+            return Failure(FailureKind.DAMAGED, f"it cannot be loaded: {_last_line(error)}", error)
+        return Failure(FailureKind.AWAY, f"its actor died: {' '.join(str(error).split())[:300]}", error)
+    except RayError as error:
+        return Failure(FailureKind.AWAY, f"Ray lost the call: {' '.join(str(error).split())[:300]}", error)
+
+
+def _last_line(error: RayError) -> str:
+    """Ray's message is the worker's traceback; its last line is the error."""
+    return str(error).strip().splitlines()[-1]

@@ -197,7 +197,12 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path_factory, position: int, b
     else:
         assert read.version == whole.version
         assert read.segments == tuple(
-            dataclasses.replace(shard, folder=other.folder)
+            dataclasses.replace(
+                shard,
+                folder=other.folder,
+                neighbours_generation=other.neighbours_generation,
+                neighbours_folder=other.neighbours_folder,
+            )
             for shard, other in zip(whole.segments, read.segments, strict=True)
         )
     assert "\n" not in message

@@ -82,28 +82,44 @@ class CountingEmbedder:
     """Keys whose first number is the length of the text."""
 
     fingerprint = "counting"
+    num_texts = 0
 
     def embed(self, texts) -> np.ndarray:
+        self.num_texts += len(texts)
         return np.array([[len(text), *[0] * 7] for text in texts], np.float32).reshape(-1, 8)
 
 
+class Recorder:
+    """A Retriever that remembers what it was asked."""
+
+    def __init__(self, inner: LocalRetriever) -> None:
+        self.asked: list[tuple[np.ndarray, list[list[int]], str | None]] = []
+        self._inner = inner
+
+    def search(self, queries, k, chunks, rerank=None):
+        self.asked.append((queries, [list(chunk) for chunk in chunks], rerank))
+        return self._inner.search(queries, k)
+
+    search_ids = None
+
+
 def test_chunks_are_asked_for_by_their_text(database: Database) -> None:
-    asked: list[np.ndarray] = []
-
-    class Recorder(LocalRetriever):
-        def search(self, queries, k):
-            asked.append(queries)
-            return super().search(queries, k)
-
-    tokenizer = database.tokenizer
-    recorder = Recorder(LocalRetriever.open(database)._searchers)
-    retriever = ChunkRetriever(tokenizer, CountingEmbedder(), recorder)  # type: ignore[arg-type]
+    """Embedded once, whether they come as text or as tokens."""
+    tokenizer, embedder = database.tokenizer, CountingEmbedder()
+    recorder = Recorder(LocalRetriever.open(database))
+    retriever = ChunkRetriever(tokenizer, embedder, recorder)  # type: ignore[arg-type]
     texts = ["alpha beta", "x"]
     # The start token is no text.
-    answer = retriever.retrieve_chunks([[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts], 2)
-    assert asked[0][:, 0].tolist() == [len(text) for text in texts]
+    chunks = [[tokenizer.bos_id, *tokenizer.encode(text).tolist()] for text in texts]
+    answer = retriever.retrieve_chunks(chunks, 2, rerank="none")
+    queries, tokens, rerank = recorder.asked[0]
+    assert queries[:, 0].tolist() == [len(text) for text in texts]
+    assert (tokens, rerank) == (chunks, "none")
     assert answer.chunk_ids.shape == (2, 2)
+    assert embedder.num_texts == 2
     np.testing.assert_array_equal(retriever.retrieve_texts(texts, 2).chunk_ids, answer.chunk_ids)
+    assert recorder.asked[1][1:] == ([chunk[1:] for chunk in chunks], None)
+    assert embedder.num_texts == 4
 
 
 def test_an_embedder_with_other_weights_is_refused(tmp_path: Path) -> None:

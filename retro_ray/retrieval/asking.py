@@ -1,0 +1,205 @@
+"""The side that asks: one consistent answer over all shards, with the text and the documents of what was found.
+
+Shards answer with candidates alone. Tokens and documents of the winners are read here, from the same
+memory-mapped segments (a home is a folder that all nodes share), so only small arrays cross.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from retro_ray.database.store import Database
+from retro_ray.errors import MismatchError, RetrievalError
+from retro_ray.index.build import read_index
+from retro_ray.index.encoder import PreparedQueries, QueryEncoder
+from retro_ray.index.merge import Candidates
+from retro_ray.index.search import Wanted, search_parts
+from retro_ray.retrieval.answering import nothing_found
+from retro_ray.retrieval.following import Commit, CommitId, FollowedManifest
+from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
+
+QUERIES_PER_REQUEST = 1024
+"""A larger batch goes in pieces, several at a time: one is merged while the shards work on the next."""
+_PIECES_AT_A_TIME = 3
+_PAUSE_S = 0.01
+
+
+class Shards(Protocol):
+    """Reaches the side that answers."""
+
+    def ask(self, request: CandidateRequest, num_shards: int) -> tuple[Sequence[CandidateAnswer], tuple[int, ...]]:
+        """The answers of the shards, and the shards that gave none.
+
+        Raises:
+            RetrievalError: a shard did not answer, and that is not to be passed over.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """The neighbours of Q queries in one state of the database."""
+
+    database: Database
+    distances: np.ndarray
+    """float32 [Q, k]."""
+    chunk_ids: np.ndarray
+    """int64 [Q, k]."""
+    missing_shards: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _View:
+    """One state of the database, as the side that asks needs it."""
+
+    commit: CommitId
+    database: Database
+    encoder: QueryEncoder
+    codec: tuple[str, ...] | None
+    """Tells whether the encoder is still the right one."""
+
+
+@dataclass
+class _Asking:
+    """Asks all shards about one state, and remembers what was missing."""
+
+    view: _View
+    shards: Shards
+    missing: set[int] = field(default_factory=set)
+
+    def __call__(
+        self, queries: PreparedQueries, wanted: Wanted, excluded_ids: np.ndarray | None
+    ) -> Sequence[Candidates]:
+        request = CandidateRequest(self.view.commit, queries, wanted, excluded_ids)
+        answers, missing = self.shards.ask(request, self.view.database.manifest.num_shards)
+        self.missing.update(missing)
+        candidates = []
+        for answer in answers:
+            if answer.candidates is None or answer.commit != self.view.commit:
+                raise _OtherCommitError(answer.commit)
+            candidates.append(answer.candidates)
+        return candidates or [nothing_found(len(queries))]
+
+
+class _OtherCommitError(Exception):
+    """A shard holds another state of the database than was asked about."""
+
+    def __init__(self, commit: CommitId) -> None:
+        super().__init__(commit)
+        self.commit = commit
+
+
+class Asker:
+    """Searches a database through its shards. Any number of threads may use it.
+
+    An answer is always of one commit: where a shard has moved on, or has not yet, all are asked anew.
+
+    Args:
+        follow: the database's manifest.
+        shards: reaches them.
+        timeout_s: how long all sides may take to come to the same commit.
+
+    Raises:
+        DatabaseError: there is no database.
+    """
+
+    def __init__(self, follow: FollowedManifest, shards: Shards, timeout_s: float) -> None:
+        self._follow = follow
+        self._shards = shards
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._view = _open_view(follow, follow.current(), None)
+        self._pool = ThreadPoolExecutor(_PIECES_AT_A_TIME, thread_name_prefix="retro-ray-asking")
+
+    @property
+    def database(self) -> Database:
+        """As it is now.
+
+        Raises:
+            MismatchError: it has been rebuilt with another tokenizer, chunk length or embedder.
+        """
+        return self._current_view().database
+
+    def search(self, queries: np.ndarray, k: int, excluded_ids: np.ndarray | None = None) -> Found:
+        """The `k` nearest chunks of each query, float32 [Q, D]; `excluded_ids` as in Retriever.search_ids.
+
+        Raises:
+            RetrievalError: a shard did not answer.
+        """
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            view = self._current_view()
+            try:
+                return self._search(view, np.ascontiguousarray(queries, np.float32), k, excluded_ids)
+            except _OtherCommitError as error:
+                if time.monotonic() > deadline:
+                    raise RetrievalError(
+                        f"the shards of the database in {self._follow.directory} hold generation "
+                        f"{error.commit.generation}, its manifest here says {view.commit.generation}, for "
+                        f"timeout_s={self._timeout_s:g}: do all nodes see the same folder?"
+                    ) from error
+                if self._follow.current(error.commit.generation).id == view.commit:
+                    time.sleep(_PAUSE_S)  # the shard is behind, and looks again when it is asked again
+
+    def _search(self, view: _View, queries: np.ndarray, k: int, excluded_ids: np.ndarray | None) -> Found:
+        asking = _Asking(view, self._shards)
+        spec = view.database.manifest.index
+
+        def search_piece(piece: slice) -> tuple[np.ndarray, np.ndarray]:
+            excluded = None if excluded_ids is None else excluded_ids[piece]
+            return search_parts(queries[piece], k, spec, view.encoder, asking, excluded)
+
+        pieces = list(_pieces(len(queries)))
+        if len(pieces) == 1:
+            distances, chunk_ids = search_piece(pieces[0])
+        else:
+            found = list(self._pool.map(search_piece, pieces))
+            distances, chunk_ids = (np.concatenate(column) for column in zip(*found, strict=True))
+        return Found(view.database, distances, chunk_ids, tuple(sorted(asking.missing)))
+
+    def _current_view(self) -> _View:
+        commit = self._follow.current()
+        if commit.id == self._view.commit:
+            return self._view
+        with self._lock:
+            commit = self._follow.current()
+            if commit.id != self._view.commit:
+                self._view = _open_view(self._follow, commit, self._view)
+            return self._view
+
+
+def _pieces(num_queries: int) -> Iterator[slice]:
+    yield slice(0, min(num_queries, QUERIES_PER_REQUEST))
+    for start in range(QUERIES_PER_REQUEST, num_queries, QUERIES_PER_REQUEST):
+        yield slice(start, min(num_queries, start + QUERIES_PER_REQUEST))
+
+
+def _open_view(follow: FollowedManifest, commit: Commit, before: _View | None) -> _View:
+    """What a commit is asked with; the encoder is kept where the codec is the same."""
+    manifest = commit.manifest
+    if before is not None:
+        old = before.database.manifest
+        for name, setting in (
+            ("tokenizer_fingerprint", "tokenizer"),
+            ("chunk_length", "chunk_length"),
+            ("embedder_fingerprint", "embedder"),
+        ):
+            if getattr(old, name) != getattr(manifest, name):
+                raise MismatchError(
+                    f"the database in {follow.directory} has been rebuilt with another {setting} "
+                    f"({getattr(old, name)} before, {getattr(manifest, name)} now): start this program again"
+                )
+    codec = None if manifest.codec is None else (manifest.files[manifest.codec].sha256, repr(manifest.index))
+    if before is not None and codec is not None and before.codec == codec:
+        encoder = before.encoder
+    else:
+        trained = None if manifest.codec is None else read_index(follow.directory / manifest.codec)
+        encoder = QueryEncoder(manifest.index, trained)
+    return _View(commit.id, Database(follow.directory, manifest), encoder, codec)
