@@ -131,8 +131,13 @@ class Asker:
         """The `k` nearest chunks of each query, float32 [Q, D]; `excluded_ids` as in Retriever.search_ids.
 
         Raises:
-            RetrievalError: a shard did not answer.
+            RetrievalError: a shard did not answer, or the queries are not of the database's dimension.
         """
+        if queries.ndim != 2 or queries.shape[1] != self.database.manifest.key_dim:
+            raise RetrievalError(
+                f"queries of shape {queries.shape} for a database whose keys have {self.database.manifest.key_dim} "
+                "dimensions: embed them with the embedder that it was built with"
+            )
         deadline = time.monotonic() + self._timeout_s
         while True:
             view = self._current_view()
