@@ -66,6 +66,10 @@ class GenerationService:
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(self._replica, self._documents, self._api_settings)
 
+    def check_health(self) -> None:
+        """Serve calls it, and replaces a replica for which it raises."""
+        self._replica.check_alive()
+
 
 class DocumentEditorActor:
     """Edits a home's database for all replicas, in a process of its own: embedding there holds up no request."""

@@ -99,6 +99,12 @@ class Replica:
             database_version=self._database_version,
         )
 
+    def check_alive(self) -> None:
+        """Raises RuntimeError if what goes on beside the requests has failed: only a new replica mends that."""
+        for task in self._background:
+            if task.done() and not task.cancelled():
+                raise RuntimeError("a background task of the replica has ended") from task.exception()
+
     def problems(self) -> list[str]:
         problems = ["the replica is shutting down"] if self._is_closing else []
         return problems + ([self._retrieval_problem] if self._retrieval_problem else [])

@@ -222,7 +222,7 @@ def test_recipe_exists() -> None:
 
 def serve_settings() -> set[str]:
     """Names of the arguments of `serve run retro_ray.serve:app`."""
-    tree = ast.parse((ROOT / "retro_ray/serve/app.py").read_text())
+    tree = ast.parse((ROOT / "retro_ray/serve/settings.py").read_text())
     (settings,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "ServeSettings"]
     fields = [node.target for node in settings.body if isinstance(node, ast.AnnAssign)]
     return {field.id for field in fields if isinstance(field, ast.Name)}

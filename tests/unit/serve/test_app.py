@@ -1,6 +1,7 @@
 """The application builder's checks; what it builds is deployed in the integration tests."""
 
 import importlib
+import re
 from pathlib import Path
 
 import click
@@ -17,6 +18,8 @@ from retro_ray.serve.settings import ServeSettings
 from retro_ray.training.checkpoint import CheckpointMeta, save_checkpoint
 from retro_ray.training.run_folder import run_directory
 from tests.fakes import write_tiny_database
+
+ROOT = Path(__file__).parents[3]
 
 # `retro_ray.serve.app` names the builder, as `serve run` wants it, and not the module around it.
 app_module = importlib.import_module("retro_ray.serve.app")
@@ -133,3 +136,9 @@ def test_the_home_is_made_absolute_for_replicas_that_run_elsewhere(monkeypatch: 
     assert ServeSettings(home="~/data").home == Path("/home/someone/data")
     monkeypatch.setenv("RETRO_RAY_HOME", "/data/mine")
     assert ServeSettings().home == Path("/data/mine")
+
+
+def test_the_readme_names_settings_that_there_are() -> None:
+    commands = re.findall(r"serve run retro_ray\.serve:app (\S.*=.*)", (ROOT / "README.md").read_text())
+    names = {name for command in commands for name in re.findall(r"(?:^| )(\w+)=", command)}
+    assert {"home", "api_keys_file", "autoscaling_config"} <= names <= set(ServeSettings.model_fields)

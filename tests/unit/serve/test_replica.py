@@ -112,6 +112,22 @@ def test_it_is_not_ready_while_the_database_does_not_answer(home: Path, caplog: 
     assert said == ["not ready: shard 1 did not answer"]  # once, however often it looks
 
 
+def test_a_failure_beside_the_requests_is_told_to_who_can_replace_the_replica(
+    home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        async with started(home, refresh_s=0.01) as replica:
+            replica.check_alive()
+            search = replica._search
+            assert isinstance(search, TextHashSearch)
+            search.error = KeyError("a bug")
+            await soon(lambda: "a background task of the replica has ended" in caplog.text)
+            with pytest.raises(RuntimeError, match="has ended"):
+                replica.check_alive()
+
+    asyncio.run(run())
+
+
 def test_texts_are_searched_for_as_chunks_are(home: Path) -> None:
     async def run() -> None:
         async with started(home) as replica:
