@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 
 from retro_ray.database.format import MANIFEST_NAME, FileRecord, Manifest, file_record, read_manifest, write_manifest
-from retro_ray.errors import ConfigError, DatabaseError
+from retro_ray.errors import BusyError, ConfigError, DatabaseError
 from retro_ray.file_lock import file_lock
 
 _LOCK_NAME = ".lock"
@@ -29,12 +29,12 @@ def database_lock(directory: Path, purpose: str) -> Iterator[None]:
     """Held by whatever changes the database in `directory`, which is created where it is missing.
 
     Raises:
-        DatabaseError: something else changes it.
+        BusyError: something else changes it.
         ConfigError: nothing can be written there.
     """
 
-    def refuse(holder: str) -> DatabaseError:
-        return DatabaseError(
+    def refuse(holder: str) -> BusyError:
+        return BusyError(
             f"the database in {directory} is being changed ({holder}): wait for it and try again, or pass another "
             "--home"
         )

@@ -148,7 +148,9 @@ class Replica:
         model, _, meta = load_model(path, self._database.manifest, self._device)
         if bf16_is_fast(self._device):
             model = model.bfloat16()
-        engine = GenerationEngine(model, self._database.tokenizer, self._measured_search)
+        engine = GenerationEngine(
+            model, self._database.tokenizer, self._measured_search, prefetch=self._settings.prefetch
+        )
         logger.info("loaded step %d of run %s", meta.step, self._settings.run)
         return _Loaded(engine, meta.step, int(time.time()))
 

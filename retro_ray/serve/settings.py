@@ -34,6 +34,8 @@ class ServeSettings(BaseModel):
     """Completions that wait in a replica; more are refused at once (503)."""
     retrieval: RetrievalConfig = RetrievalConfig()
     """How the shards are searched, e.g. '{"policy": "partial", "num_replicas": 2, "rerank": "overlap"}'."""
+    prefetch: bool = False
+    """Retrieve for a chunk when three quarters of it are there, so that generation need not stop for it."""
     max_cached_tokens: int | None = Field(default=None, ge=1)
     """Tokens that the KV cache may hold; default: `max_batch_size` whole contexts."""
     max_deadline_s: float = Field(default=600, gt=0)

@@ -56,12 +56,12 @@ async def generated(replica: Replica, request: GenerationRequest) -> GenerationR
     raise AssertionError("it did not finish")
 
 
-def expected_of(home: Path, request: GenerationRequest) -> GenerationResult:
+def expected_of(home: Path, request: GenerationRequest, *, prefetch: bool = False) -> GenerationResult:
     """By the newest checkpoint, alone."""
     database = Database.open(home)
     model, _, _ = load_model(run_directory(home, "default"))
     search = TextHashSearch(database.manifest.vocab_size, missing_shards=(1,))
-    return GenerationEngine(model, database.tokenizer, search).generate([request])[0]
+    return GenerationEngine(model, database.tokenizer, search, prefetch=prefetch).generate([request])[0]
 
 
 async def soon(is_so) -> None:
@@ -72,11 +72,12 @@ async def soon(is_so) -> None:
     raise AssertionError("it never came")
 
 
-def test_it_generates_what_the_engine_does(home: Path) -> None:
+@pytest.mark.parametrize("prefetch", [False, True])
+def test_it_generates_what_the_engine_does(home: Path, prefetch: bool) -> None:
     async def run() -> None:
-        async with started(home) as replica:
+        async with started(home, prefetch=prefetch) as replica:
             results = await asyncio.gather(*(generated(replica, REQUEST) for _ in range(3)))
-        assert results == [expected_of(home, REQUEST)] * 3
+        assert results == [expected_of(home, REQUEST, prefetch=prefetch)] * 3
         assert results[0].citations[0].missing_shards == (1,)
 
     asyncio.run(run())
