@@ -98,7 +98,7 @@ class DecodingBatch:
         neighbours_BLKR, mask_BLKR = neighbour_tensors(arrived, self._model.config.neighbour_length, self._device)
         logits_BV = self._model.decode_step(
             torch.tensor([state.tokens[-1] for state in states], device=self._device),
-            self._cache.prefix(len(states), max(state.num_neighbours for state in states)),
+            self._cache,
             None if neighbours_BLKR is None else neighbours_BLKR[:, 0],
             None if mask_BLKR is None else mask_BLKR[:, 0],
             torch.tensor([bool(row) for row in arrived]),

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro_ray.model.layers import Rotary, residual_scale, rotate, start_normal
+from retro_ray.model.layers import Rotary, residual_scale, rotate, rotate_rows, start_normal
+
+if TYPE_CHECKING:
+    from retro_ray.model.new_tokens import NewTokens
 
 # On a CPU two matrix products around a softmax beat the fused kernel: forward and backward in bfloat16
 # in a quarter of its time for the short sequences of encoder and CCA, in half for 512 positions, in
@@ -34,10 +38,15 @@ def attend(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None =
         return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, attn_mask=mask, is_causal=causal)
     if causal:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTE.device).tril()
+    return attention_weights(q_BHTE, k_BHSE, mask) @ v_BHSE
+
+
+def attention_weights(q_BHTE: Tensor, k_BHSE: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(E)), [B, H, T, S]."""
     scores = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHSE.transpose(-1, -2)
     if mask is not None:
         scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(dim=-1) @ v_BHSE
+    return scores.softmax(dim=-1)
 
 
 def open_empty_rows(mask: Tensor) -> Tensor:
@@ -69,6 +78,8 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.value = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.joint_projection: nn.Module | None = None
+        """In place of query, key and value, once weights are packed."""
 
     def forward(
         self,
@@ -83,13 +94,27 @@ class SelfAttention(nn.Module):
         `remember` is shown the new keys and values and returns those to attend to: how a cache
         takes part.
         """
-        x_BTD = self.norm(h_BTD)
-        q_BHTE = rotate(split_heads(self.query(x_BTD), self.head_dim), rotary)
-        k_BHSE = rotate(split_heads(self.key(x_BTD), self.head_dim), rotary)
-        v_BHSE = split_heads(self.value(x_BTD), self.head_dim)
+        q_BTX, k_BTX, v_BTX = self.project(self.norm(h_BTD))
+        q_BHTE = rotate(split_heads(q_BTX, self.head_dim), rotary)
+        k_BHSE = rotate(split_heads(k_BTX, self.head_dim), rotary)
+        v_BHSE = split_heads(v_BTX, self.head_dim)
         if remember is not None:
             k_BHSE, v_BHSE = remember(k_BHSE, v_BHSE)
         return h_BTD + self.out(join_heads(attend(q_BHTE, k_BHSE, v_BHSE, mask, causal)))
+
+    def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor) -> Tensor:
+        """The same for new tokens, whose keys and values join those of a cache [*, H, *, E]."""
+        q_NHE, k_NHE, v_NHE = (x.unflatten(-1, (-1, self.head_dim)) for x in self.project(self.norm(h_ND)))
+        keys[new.slots_N, :, new.positions_N] = rotate_rows(k_NHE, new.rotation).to(keys.dtype)
+        values[new.slots_N, :, new.positions_N] = v_NHE.to(values.dtype)
+        return h_ND + self.out(new.read_past(rotate_rows(q_NHE, new.rotation), keys, values))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of `x` [..., D], each [..., H * E]."""
+        if self.joint_projection is not None:
+            queries, keys, values = self.joint_projection(x).chunk(3, dim=-1)
+            return queries, keys, values
+        return self.query(x), self.key(x), self.value(x)
 
     def initialise(self, num_layers: int) -> None:
         """Starting weights for a block in a stack of `num_layers`."""

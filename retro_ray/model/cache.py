@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
-from retro_ray.model.attention import KeysValues
+from retro_ray.model.attention import KeysValues, open_empty_rows
 from retro_ray.model.encoder import EncodedNeighbours
+
+ROW_BLOCK = 64
+"""Keys and values have room for multiples of so many rows, all of which are read, since a CPU would copy
+a part of them first. A softmax over further blocks, masked, adds up in the same order as without
+them: to the bit, a sequence gets the same logits whatever is in the slots beside it."""
+
+
+def whole_blocks(num_rows: int) -> int:
+    """`num_rows`, or the next number of them that fills blocks."""
+    return -(-num_rows // ROW_BLOCK) * ROW_BLOCK
 
 
 class DecodeCache:
@@ -21,6 +30,8 @@ class DecodeCache:
     chunk's encoded neighbours in every CCA layer; and the activations that condition the encoding of
     the next chunk's neighbours. A slot without neighbours has an all-False `cca_mask` row and zero
     values, so that CCA reads zero from it.
+
+    Keys and values of self-attention take memory for the slots and tokens in use, and grow with them.
     """
 
     def __init__(
@@ -41,11 +52,14 @@ class DecodeCache:
         self.num_neighbours = num_neighbours
         # On the CPU, because lengths steer the decoding and reading them must not wait for a GPU.
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-        self.keys = [zeros(heads, max_tokens, head_dim) for _ in range(config.num_layers)]
-        self.values = [zeros(heads, max_tokens, head_dim) for _ in range(config.num_layers)]
+        nothing = torch.zeros(0, heads, 0, head_dim, device=device, dtype=dtype)
+        self.keys = [nothing] * config.num_layers
+        self.values = [nothing] * config.num_layers
         self.cca_keys = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
         self.cca_values = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
         self.cca_mask = torch.zeros(batch_size, self.num_cca_rows, device=device, dtype=torch.bool)
+        self.num_neighbour_rows = torch.zeros(batch_size, dtype=torch.int64)
+        """[B], on the CPU: rows of the CCA keys that hold something; 0 without neighbours."""
         self.chunk_hidden = zeros(config.chunk_length, config.hidden_dim)
         """[B, M, D]: H of the unfinished chunk in layer min(P), position t at row t modulo m."""
 
@@ -55,48 +69,46 @@ class DecodeCache:
 
     @property
     def num_cca_rows(self) -> int:
-        """Rows that CCA reads per slot: all tokens of all neighbours, and with "copy" a null row."""
-        return self.num_neighbours * self._config.neighbour_length + (self._config.cca_start == "copy")
-
-    def prefix(self, num_slots: int, num_neighbours: int | None = None) -> DecodeCache:
-        """The first slots alone, and the first neighbours of each, as a cache in the same memory: what is
-        written there is written here.
+        """Rows that CCA reads per slot: all tokens of all neighbours, with "copy" a null row, and what
+        fills the last block.
         """
-        view = copy.copy(self)
-        view.num_neighbours = self.num_neighbours if num_neighbours is None else num_neighbours
-        num_rows = view.num_cca_rows
-        view.lengths, view.chunk_hidden = self.lengths[:num_slots], self.chunk_hidden[:num_slots]
-        view.keys = [store[:num_slots] for store in self.keys]
-        view.values = [store[:num_slots] for store in self.values]
-        view.cca_keys = {layer: store[:num_slots, :, :num_rows] for layer, store in self.cca_keys.items()}
-        view.cca_values = {layer: store[:num_slots, :, :num_rows] for layer, store in self.cca_values.items()}
-        view.cca_mask = self.cca_mask[:num_slots, :num_rows]
-        return view
+        return whole_blocks(self.num_neighbours * self._config.neighbour_length + (self._config.cca_start == "copy"))
+
+    def make_room(self, num_slots: int, num_tokens: int) -> None:
+        """Let the first slots have room for the keys and values of so many tokens; no slot loses any.
+
+        Tensor by tensor, so that old and new are never there together.
+        """
+        held_slots, heads, held_rows, head_dim = self.keys[0].shape
+        if num_slots > held_slots or num_tokens > held_rows:
+            shape = max(num_slots, held_slots), heads, max(whole_blocks(num_tokens), held_rows), head_dim
+            for store in (self.keys, self.values):
+                for number, old in enumerate(store):
+                    store[number] = _resized(old, *shape)
 
     def move(self, source: int, target: int) -> None:
         """Copy slot `source` over slot `target`."""
         num_tokens = int(self.lengths[source])
         for store in (*self.keys, *self.values):
             store[target, :, :num_tokens] = store[source, :, :num_tokens]
-        for store in (self.lengths, *self.cca_keys.values(), *self.cca_values.values(), self.cca_mask):
+        neighbours = (*self.cca_keys.values(), *self.cca_values.values(), self.cca_mask, self.num_neighbour_rows)
+        for store in (self.lengths, self.chunk_hidden, *neighbours):
             store[target] = store[source]
-        self.chunk_hidden[target] = self.chunk_hidden[source]
 
     def resize(self, batch_size: int, max_tokens: int, num_neighbours: int) -> None:
-        """Make room for more, or for less: what does not fit any longer is lost.
-
-        Tensor by tensor, so that old and new are never there together.
-        """
+        """Make room for more, or for less: what does not fit any longer is lost."""
         self.max_tokens, self.num_neighbours = max_tokens, num_neighbours
-        heads, head_dim = self._config.num_heads, self._config.head_dim
+        held_slots, heads, held_rows, head_dim = self.keys[0].shape
         for store in (self.keys, self.values):
             for number, old in enumerate(store):
-                store[number] = _resized(old, batch_size, heads, max_tokens, head_dim)
+                shape = min(held_slots, batch_size), heads, min(held_rows, whole_blocks(max_tokens)), head_dim
+                store[number] = _resized(old, *shape)
         for store in (self.cca_keys, self.cca_values):
             for layer, old in store.items():
                 store[layer] = _resized(old, batch_size, heads, self.num_cca_rows, head_dim)
         self.cca_mask = _resized(self.cca_mask, batch_size, self.num_cca_rows)
         self.chunk_hidden = _resized(self.chunk_hidden, batch_size, *self.chunk_hidden.shape[1:])
+        self.num_neighbour_rows = _resized(self.num_neighbour_rows, batch_size)
         self.lengths = _resized(self.lengths, batch_size)
 
     def reset(self, slots: int | Tensor) -> None:
@@ -107,6 +119,7 @@ class DecodeCache:
     def clear_neighbours(self, slots: int | Tensor) -> None:
         """Forget the newest chunk's neighbours: CCA contributes zero until others are written."""
         self.cca_mask[slots] = False
+        self.num_neighbour_rows[slots.cpu() if isinstance(slots, Tensor) else slots] = 0
         for values in self.cca_values.values():
             values[slots] = 0
 
@@ -116,13 +129,21 @@ class DecodeCache:
         for store, new in zip((self.keys, self.values), keys_values, strict=True):
             store[number - 1][slots, :, :num_tokens] = new.to(store[number - 1].dtype)
 
-    def append(self, number: int, positions: Tensor, keys_values: KeysValues) -> KeysValues:
-        """Store one token per slot at its position in layer `number`; all keys and values so far."""
-        rows = torch.arange(self.batch_size, device=positions.device)
-        longest = min(int(self.lengths.max()) + 1, self.max_tokens)
-        for store, new in zip((self.keys, self.values), keys_values, strict=True):
-            store[number - 1][rows, :, positions] = new[:, :, 0].to(store[number - 1].dtype)
-        return self.keys[number - 1][:, :, :longest], self.values[number - 1][:, :, :longest]
+    def truncate(self, lengths_B: Sequence[int]) -> None:
+        """Forget tokens behind these lengths of the first slots: drafts that were not accepted.
+
+        Not the first token of a pass: neighbours that it brought stay.
+        """
+        kept_B = torch.tensor(lengths_B)
+        assert bool((kept_B <= self.lengths[: len(kept_B)]).all()), "a sequence does not grow by being cut"
+        self.lengths[: len(kept_B)] = kept_B
+
+    def seen_rows(self, num_slots: int) -> Tensor | None:
+        """Which of the first S rows CCA may read in the first slots, bool [num_slots, S]; None: no slot has
+        neighbours.
+        """
+        num_rows = int(self.num_neighbour_rows[:num_slots].max())
+        return open_empty_rows(self.cca_mask[:num_slots, : whole_blocks(num_rows)]) if num_rows else None
 
     def write_neighbours(
         self, slots: Tensor, encoded: EncodedNeighbours, keys_values: Mapping[int, KeysValues]
@@ -130,6 +151,7 @@ class DecodeCache:
         """Store encoded neighbours in cleared slots: by CCA layer, keys and values [len(slots), H, S, E]."""
         num_rows = encoded.states_NSD.shape[1]
         self.cca_mask[slots, :num_rows] = True if encoded.mask_NS is None else encoded.mask_NS
+        self.num_neighbour_rows[slots.cpu()] = num_rows
         for number, of_layer in keys_values.items():
             for store, new in zip((self.cca_keys[number], self.cca_values[number]), of_layer, strict=True):
                 store[slots, :, :num_rows] = new.to(store.dtype)
@@ -150,6 +172,8 @@ class DecodeCache:
 
 def _resized(old: Tensor, *shape: int) -> Tensor:
     """Zeros of `shape`, with what of `old` has a place in it."""
+    if old.shape == shape:
+        return old
     new = old.new_zeros(shape)
     common = tuple(slice(min(pair)) for pair in zip(old.shape, shape, strict=True))
     new[common] = old[common]

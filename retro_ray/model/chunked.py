@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from retro_ray.config import ModelConfig
 from retro_ray.model.attention import CrossAttention, KeysValues, open_empty_rows
 from retro_ray.model.encoder import EncodedNeighbours
-from retro_ray.model.layers import rotary_at
+from retro_ray.model.layers import rotary_at, rotate_rows
+from retro_ray.model.new_tokens import NewTokens
 
 
 class ChunkedCrossAttention(CrossAttention):
@@ -66,13 +67,10 @@ class ChunkedCrossAttention(CrossAttention):
             read_BTD = read_BTD.masked_fill(~sees_BT[..., None], 0)
         return h_BTD + read_BTD
 
-    def step(self, h_B1D: Tensor, positions_B: Tensor, keys_values: KeysValues, mask_BS: Tensor) -> Tensor:
-        """CCA for one token of every sequence, at `positions_B` in it, from cached keys and values."""
-        chunk_length = self.config.chunk_length
-        query_positions = chunk_length + (positions_B + 1) % chunk_length
-        rotary = rotary_at(query_positions[:, None, None], self.head_dim, self.config.rope_base, h_B1D.dtype)
-        mask = open_empty_rows(mask_BS)[:, None, None]
-        return h_B1D + self.read(self.norm(h_B1D), rotary, keys_values, mask)
+    def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor, seen_BS: Tensor) -> Tensor:
+        """CCA for new tokens, from cached keys and values [*, H, S, E]; of their rows only those that may be seen."""
+        q_NHE = rotate_rows(self.query(self.norm(h_ND)).unflatten(-1, (-1, self.head_dim)), new.neighbour_rotation)
+        return h_ND + self.out(new.read_neighbours(q_NHE, keys, values, seen_BS))
 
     def _start(self) -> None:
         """An output of zero, so that the decoder starts as it is without retrieval.

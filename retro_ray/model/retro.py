@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retro_ray.config import ModelConfig
-from retro_ray.errors import ConfigError
 from retro_ray.model.attention import SelfAttention
 from retro_ray.model.cache import DecodeCache, PromptRecorder
 from retro_ray.model.chunked import ChunkedCrossAttention
+from retro_ray.model.decoding import read_new_tokens, read_prompts
 from retro_ray.model.encoder import EncodedNeighbours, NeighbourEncoder
 from retro_ray.model.inputs import SequenceInputs, sequence_inputs, split_chunks
-from retro_ray.model.layers import FeedForward, rotary_at
+from retro_ray.model.layers import FeedForward
 
 
 class DecoderLayer(nn.Module):
@@ -53,6 +53,7 @@ class RetroModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         """Recompute the activations of each layer in the backward pass."""
+        self.packed_read_out: nn.Module | None = None
         self.token_embedding = self._new_embedding(config.hidden_dim)
         layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
         self.layers = cast("Sequence[DecoderLayer]", layers)  # a ModuleList forgets its modules' type
@@ -104,14 +105,15 @@ class RetroModel(nn.Module):
         segments_BT: Tensor | None = None,
     ) -> Tensor:
         """Final normalised activations [B, T, D], the input of `read_out`; arguments as `forward`."""
-        h_BTD = self._embed(tokens_BT, self.token_embedding)
+        h_BTD = self.embed_tokens(tokens_BT)
         inputs = sequence_inputs(self.config, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, segments_BT)
-        h_BTD, _ = self._decode(h_BTD, inputs)
+        h_BTD, _ = self.run_layers(h_BTD, inputs)
         return self.norm(h_BTD)
 
     def read_out(self, hidden: Tensor) -> Tensor:
         """READ: logits [..., V] of `hidden` [..., D]; linear, so that a loss can take it in slices."""
-        logits = F.linear(hidden, self.read_out_weight)
+        packed = self.packed_read_out
+        logits = F.linear(hidden, self.read_out_weight) if packed is None else packed(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     @property
@@ -127,7 +129,7 @@ class RetroModel(nn.Module):
 
     # Algorithm 1, over whole sequences.
 
-    def _decode(
+    def run_layers(
         self, h_BTD: Tensor, inputs: SequenceInputs, recorder: PromptRecorder | None = None
     ) -> tuple[Tensor, EncodedNeighbours | None]:
         """H after all layers, and E."""
@@ -168,10 +170,18 @@ class RetroModel(nn.Module):
         neighbours_NKR, mask_BLKR = inputs.neighbours_BLKR.flatten(0, 1), inputs.neighbour_mask_BLKR
         mask_NKR = None if mask_BLKR is None else mask_BLKR.flatten(0, 1)
         h_NMD = split_chunks(h_BTD, inputs.neighbours_BLKR.shape[1], self.config.chunk_length)
-        return self.encoder(self._embed_neighbours(neighbours_NKR), mask_NKR, h_NMD, inputs.context_mask_NM)
+        return self.encoder(self.embed_neighbours(neighbours_NKR), mask_NKR, h_NMD, inputs.context_mask_NM)
+
+    def embed_tokens(self, tokens: Tensor) -> Tensor:
+        """EMB."""
+        return self._embed(tokens, self.token_embedding)
+
+    def embed_neighbours(self, neighbours: Tensor) -> Tensor:
+        """EMB_enc."""
+        return self._embed(neighbours, self.neighbour_embedding or self.token_embedding)
 
     def _embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
-        """EMB. Normalised to a mean square of 1, whatever the scale that a tied read-out asks of the
+        """Rows of an embedding. Normalised to a mean square of 1, whatever the scale that a tied read-out asks of the
         weights, a token's identity is not swamped by what the layers write next to it.
         """
         h = embedding(tokens)
@@ -184,10 +194,6 @@ class RetroModel(nn.Module):
         # itself starts at std * dim, which must not grow with the width.
         nn.init.normal_(embedding.weight, std=min(0.02, 4 / dim) if self.config.normalize_embeddings else 0.02)
         return embedding
-
-    def _embed_neighbours(self, neighbours: Tensor) -> Tensor:
-        """EMB_enc."""
-        return self._embed(neighbours, self.neighbour_embedding or self.token_embedding)
 
     # Algorithm 1, token by token.
 
@@ -256,22 +262,7 @@ class RetroModel(nn.Module):
         Raises:
             ConfigError: prompts or neighbours do not fit the cache or each other.
         """
-        num_neighbours = 0 if neighbours_BLKR is None else neighbours_BLKR.shape[2]
-        cache.require_room(tokens_BT.shape[1], num_neighbours)
-        lengths_B = lengths_B.cpu()
-        if not bool(((lengths_B >= 1) & (lengths_B <= tokens_BT.shape[1])).all()):
-            raise ConfigError(f"prompt lengths {lengths_B.tolist()} must be from 1 to {tokens_BT.shape[1]}")
-        slots_B = (torch.arange(len(tokens_BT)) if slots_B is None else slots_B).to(tokens_BT.device)
-
-        cache.reset(slots_B)
-        h_BTD = self._embed(tokens_BT, self.token_embedding)
-        inputs = sequence_inputs(self.config, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, None)
-        recorder = PromptRecorder(cache, slots_B, lengths_B, self.config.chunk_length)
-        h_BTD, encoded = self._decode(h_BTD, inputs, recorder)
-        if encoded is not None:
-            self._store(cache, *recorder.newest_chunks(encoded))
-        cache.lengths[slots_B.cpu()] = lengths_B
-        return self.norm(h_BTD)
+        return read_prompts(self, tokens_BT, lengths_B, cache, neighbours_BLKR, neighbour_mask_BLKR, slots_B)
 
     @torch.no_grad()
     def decode_step(
@@ -304,61 +295,53 @@ class RetroModel(nn.Module):
         Raises:
             ConfigError: a slot or the neighbours do not fit the cache.
         """
-        device = tokens_B.device
-        active_B = torch.ones(cache.batch_size, dtype=torch.bool) if active_B is None else active_B.cpu()
-        needed = int(cache.lengths[active_B].max()) + 1 if bool(active_B.any()) else 0
-        cache.require_room(needed, 0 if neighbours_BKR is None else neighbours_BKR.shape[1])
-        positions_B = cache.lengths.clamp(max=cache.max_tokens - 1).to(device)
-        longest = min(int(cache.lengths.max()) + 1, cache.max_tokens)
-        seen = torch.arange(longest, device=device) <= positions_B[:, None]
-
-        h_B1D = self._embed(tokens_B[:, None], self.token_embedding)
-        rotary = rotary_at(positions_B[:, None, None], self.config.head_dim, self.config.rope_base, h_B1D.dtype)
-        for layer in self.layers:
-            h_B1D = layer.self_attention(
-                h_B1D,
-                rotary,
-                mask=seen[:, None, None],
-                remember=lambda k, v, number=layer.number: cache.append(number, positions_B, (k, v)),
+        num_new = [1] * len(tokens_B) if active_B is None else active_B.long().tolist()
+        if all(num_new):
+            return self.decode_tokens(tokens_B, num_new, cache, neighbours_BKR, neighbour_mask_BKR, arrived_B)
+        dtype = torch.promote_types(self.read_out_weight.dtype, torch.float32)
+        logits_BV = torch.zeros(len(tokens_B), self.config.vocab_size, dtype=dtype, device=tokens_B.device)
+        if any(num_new):
+            active = torch.tensor(num_new, dtype=torch.bool, device=tokens_B.device)
+            logits_BV[active] = self.decode_tokens(
+                tokens_B[active], num_new, cache, neighbours_BKR, neighbour_mask_BKR, arrived_B
             )
-            if layer.number == self.first_cca_layer:
-                rows = torch.arange(cache.batch_size, device=device)
-                cache.chunk_hidden[rows, positions_B % self.config.chunk_length] = h_B1D[:, 0].to(
-                    cache.chunk_hidden.dtype
-                )
-                completed_B = self.completes_chunk(cache) & active_B
-                self._exchange_neighbours(cache, completed_B, neighbours_BKR, neighbour_mask_BKR, arrived_B)
-            if layer.cca is not None:
-                keys_values = cache.cca_keys[layer.number], cache.cca_values[layer.number]
-                h_B1D = layer.cca.step(h_B1D, positions_B, keys_values, cache.cca_mask)
-            h_B1D = layer.feed_forward(h_B1D)
-        cache.lengths += active_B
-        return self.read_out(self.norm(h_B1D[:, 0]))
+        return logits_BV
+
+    @torch.no_grad()
+    def decode_tokens(
+        self,
+        tokens_N: Tensor,
+        num_new: Sequence[int],
+        cache: DecodeCache,
+        neighbours_BKR: Tensor | None = None,
+        neighbour_mask_BKR: Tensor | None = None,
+        arrived_B: Tensor | None = None,
+    ) -> Tensor:
+        """Several more tokens of each slot in one pass; logits [N, V] after each of them.
+
+        Where a chunk is completed, its neighbours condition what follows: of a slot's new tokens only
+        the first may complete one (see `most_new_tokens`). Neighbours are as in `decode_step`, those
+        of the chunks that first tokens complete. Tokens that turn out to be wrong, as drafts do, are
+        taken back by `cache.truncate`.
+
+        Args:
+            tokens_N: int64, the new tokens of the first slot, then those of the second, and so on.
+            num_new: how many are each slot's, for the first slots of `cache`; 0 leaves one out.
+            cache: its slots grow by so many tokens.
+            neighbours_BKR: int64, for as many slots as `num_new` names.
+            neighbour_mask_BKR: bool, True for real neighbour tokens. None: all are real.
+            arrived_B: bool, the rows of `neighbours_BKR` that hold neighbours. None: all.
+
+        Raises:
+            ConfigError: a slot's new tokens or the neighbours do not fit the cache, or a chunk ends
+                behind a slot's first new token.
+        """
+        return read_new_tokens(self, tokens_N, num_new, cache, neighbours_BKR, neighbour_mask_BKR, arrived_B)
+
+    def most_new_tokens(self, length: int) -> int:
+        """How many tokens a slot of `length` tokens may get in one pass of `decode_tokens`."""
+        return (-length - 1) % self.config.chunk_length or self.config.chunk_length
 
     def completes_chunk(self, cache: DecodeCache) -> Tensor:
         """Which slots [B], as bool on the CPU, complete a chunk with their next token."""
         return (cache.lengths + 1) % self.config.chunk_length == 0
-
-    def _exchange_neighbours(
-        self,
-        cache: DecodeCache,
-        completed_B: Tensor,
-        neighbours_BKR: Tensor | None,
-        mask_BKR: Tensor | None,
-        arrived_B: Tensor | None,
-    ) -> None:
-        """Where a chunk is complete, its neighbours take the place of the chunk's before."""
-        device = cache.chunk_hidden.device
-        cache.clear_neighbours(torch.nonzero(completed_B)[:, 0].to(device))
-        if neighbours_BKR is None or neighbours_BKR.numel() == 0 or self.encoder is None:
-            return
-        slots = torch.nonzero(completed_B if arrived_B is None else completed_B & arrived_B.cpu())[:, 0].to(device)
-        if len(slots) == 0:
-            return
-        mask_NKR = None if mask_BKR is None else mask_BKR[slots]
-        e_NKRD = self._embed_neighbours(neighbours_BKR[slots])
-        self._store(cache, slots, self.encoder(e_NKRD, mask_NKR, cache.chunk_hidden[slots]))
-
-    def _store(self, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours) -> None:
-        cca_layers = ((layer.number, layer.cca) for layer in self.layers if layer.cca is not None)
-        cache.write_neighbours(slots, encoded, {n: cca.encoded_keys_values(encoded) for n, cca in cca_layers})

@@ -85,6 +85,63 @@ def test_prompts_of_any_length_then_single_tokens(
         assert cache.lengths.tolist() == (positions_B + active_B).tolist()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    start=st.sampled_from(["paper", "copy"]),
+    cca_layers=st.sampled_from([(), (2, 3), (1, 2, 3), (3,)]),
+    lengths=st.lists(st.integers(1, MOST_TOKENS - 1), min_size=1, max_size=4),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_several_new_tokens_in_one_pass_some_of_them_wrong(
+    start: str, cca_layers: tuple[int, ...], lengths: list[int], seed: int, data: st.DataObject
+) -> None:
+    """Every slot gets another number of tokens, none at times; those behind the right ones are taken back."""
+    config = small_config(cca_start=start, cca_layers=cca_layers)
+    model = random_model(config, seed)
+    batch_size = len(lengths)
+    batch = random_batch(config, batch_size=batch_size, num_tokens=MOST_TOKENS, seed=seed)
+    arrived_BL = torch.rand(batch_size, 4, generator=torch.Generator().manual_seed(seed)) < 0.7
+    expected_BTV = full_logits(model, batch, arrived_BL)
+    cache = model.new_cache(batch_size, MOST_TOKENS)
+    num_chunks = max(lengths) // config.chunk_length
+    model.prefill(
+        batch.tokens_BT[:, : max(lengths)],
+        torch.tensor(lengths),
+        cache,
+        batch.neighbours_BLKR[:, :num_chunks],
+        batch.mask_BLKR[:, :num_chunks] & arrived_BL[:, :num_chunks, None, None],
+    )
+    for _ in range(MOST_TOKENS):
+        before = cache.lengths.tolist()
+        num_right = [
+            data.draw(st.integers(0, min(MOST_TOKENS - length, model.most_new_tokens(length)))) for length in before
+        ]
+        num_new = [
+            data.draw(st.integers(right, min(MOST_TOKENS - length, model.most_new_tokens(length)))) if right else 0
+            for length, right in zip(before, num_right, strict=True)
+        ]
+        if not any(num_new):
+            continue
+        tokens_BT = batch.tokens_BT.clone()
+        for b, (length, right) in enumerate(zip(before, num_right, strict=True)):
+            tokens_BT[b, length + right :] = (tokens_BT[b, length + right :] + 1) % config.vocab_size
+        chunks_B = [min(length // config.chunk_length, 3) for length in before]
+        rows = range(batch_size)
+        logits_NV = model.decode_tokens(
+            torch.cat([tokens_BT[b, before[b] : before[b] + num_new[b]] for b in rows]),
+            num_new,
+            cache,
+            batch.neighbours_BLKR[rows, chunks_B],
+            batch.mask_BLKR[rows, chunks_B],
+            arrived_BL[rows, chunks_B],
+        )
+        for b, of_slot in enumerate(logits_NV.split(num_new)):
+            end = before[b] + num_right[b]
+            torch.testing.assert_close(of_slot[: num_right[b]], expected_BTV[b, before[b] : end])
+        cache.truncate([length + right for length, right in zip(before, num_right, strict=True)])
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     first_lengths=st.lists(st.integers(1, 9), min_size=3, max_size=3),

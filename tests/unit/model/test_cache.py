@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from retro_ray.errors import ConfigError
+from retro_ray.model.new_tokens import place_new_tokens
 from tests.unit.model.models import random_batch, random_model, small_config
+
+WHERE = torch.device("cpu"), torch.float64
 
 
 def test_reset_empties_one_slot_only() -> None:
@@ -139,12 +142,50 @@ def test_slots_decode_on_after_the_cache_was_resized_and_a_slot_moved() -> None:
     expected_BV = model.decode_step(batch.tokens_BT[:, 9], whole)
     moved.resize(4, 12, config.num_neighbours + 1)
     moved.move(2, 0)
-    view = moved.prefix(2, config.num_neighbours)
-    assert view.cca_mask.shape[1] < moved.cca_mask.shape[1]
-    logits_BV = model.decode_step(batch.tokens_BT[[2, 1], 9], view)
+    logits_BV = model.decode_step(batch.tokens_BT[[2, 1], 9], moved)
     torch.testing.assert_close(logits_BV, expected_BV[[2, 1]])
-    assert (view.batch_size, moved.batch_size) == (2, 4)
+    assert moved.batch_size == 4
     assert moved.lengths.tolist() == [9, 6, 8, 0]
     moved.resize(2, 9, config.num_neighbours)
-    assert moved.keys[0].shape[::2] == (2, 9)
+    assert (moved.batch_size, moved.max_tokens) == (2, 9)
     assert moved.lengths.tolist() == [9, 6]
+
+
+def test_new_tokens_stop_at_the_end_of_a_chunk() -> None:
+    """Behind it, those of one pass would need different neighbours."""
+    model = random_model(small_config())
+    assert [model.most_new_tokens(length) for length in range(9)] == [3, 2, 1, 4, 3, 2, 1, 4, 3]
+    cache = model.new_cache(2, 16)
+    model.decode_tokens(torch.arange(4), [1, 3], cache)
+    assert cache.lengths.tolist() == [1, 3]
+    with pytest.raises(ConfigError, match=r"slot 0 has 1 tokens and gets 3: .* it may get 2 in one pass"):
+        model.decode_tokens(torch.arange(4), [3, 1], cache)
+    model.decode_tokens(torch.arange(6), [2, 4], cache)
+    assert cache.lengths.tolist() == [3, 7]
+
+
+def test_slots_of_very_different_lengths_are_read_apart() -> None:
+    """Some of them together, one of which pauses, and none as long as the longest."""
+    config = small_config(num_chunks=300)
+    model = random_model(config)
+    lengths = [1, 1100, 3, 5, 2, 6]
+    batch = random_batch(config, batch_size=6, num_tokens=1101, num_neighbours=1)
+    cache = model.new_cache(6, 1104)
+    model.prefill(batch.tokens_BT[:, :1100], torch.tensor(lengths), cache, *batch.retrieval.values())
+    num_new = [1, 1, 2, 0, 1, 1]
+    assert [range(*group.slots.indices(6)) for group in place_new_tokens(config, lengths, num_new, *WHERE).groups] == [
+        range(0, 1), range(1, 2), range(2, 3), range(4, 6),
+    ]  # fmt: skip
+    tokens_N = torch.cat(
+        [batch.tokens_BT[b, n : n + new] for b, (n, new) in enumerate(zip(lengths, num_new, strict=True))]
+    )
+    neighbours = (batch.neighbours_BLKR[:, 0], batch.mask_BLKR[:, 0])
+    of_slots = model.decode_tokens(tokens_N, num_new, cache, *neighbours).split(num_new)
+    for b, (length, new) in enumerate(zip(lengths, num_new, strict=True)):
+        end = length + new
+        expected_TV = model(
+            batch.tokens_BT[b : b + 1, :end],
+            neighbours_BLKR=batch.neighbours_BLKR[b : b + 1, : end // 4],
+            neighbour_mask_BLKR=batch.mask_BLKR[b : b + 1, : end // 4],
+        )[0, length:]
+        torch.testing.assert_close(of_slots[b], expected_TV)

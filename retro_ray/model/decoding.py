@@ -1,0 +1,152 @@
+"""Algorithm 1 with a cache: a pass over prompts, and over a few new tokens of many sequences.
+
+Shapes: B slots, T tokens of a prompt, L chunks, N new tokens of all slots, K neighbours, R neighbour
+length, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from retro_ray.errors import ConfigError
+from retro_ray.model.cache import DecodeCache, PromptRecorder
+from retro_ray.model.encoder import EncodedNeighbours
+from retro_ray.model.inputs import sequence_inputs
+from retro_ray.model.new_tokens import place_new_tokens
+
+if TYPE_CHECKING:
+    from retro_ray.model.retro import RetroModel
+
+
+def read_prompts(
+    model: RetroModel,
+    tokens_BT: Tensor,
+    lengths_B: Tensor,
+    cache: DecodeCache,
+    neighbours_BLKR: Tensor | None,
+    mask_BLKR: Tensor | None,
+    slots_B: Tensor | None,
+) -> Tensor:
+    """`RetroModel.prefill_hidden`."""
+    cache.require_room(tokens_BT.shape[1], 0 if neighbours_BLKR is None else neighbours_BLKR.shape[2])
+    lengths_B = lengths_B.cpu()
+    if not bool(((lengths_B >= 1) & (lengths_B <= tokens_BT.shape[1])).all()):
+        raise ConfigError(f"prompt lengths {lengths_B.tolist()} must be from 1 to {tokens_BT.shape[1]}")
+    slots_B = (torch.arange(len(tokens_BT)) if slots_B is None else slots_B).to(tokens_BT.device)
+    cache.reset(slots_B)
+    cache.make_room(int(slots_B.max()) + 1, int(lengths_B.max()))
+    if tokens_BT.device.type != "cpu":
+        return _read_together(model, tokens_BT, lengths_B, cache, neighbours_BLKR, mask_BLKR, slots_B)
+    # A CPU gains nothing from several at once. Alone, a prompt gives the same to the bit whatever comes with it.
+    weight = model.token_embedding.weight
+    hidden_BTD = torch.zeros(*tokens_BT.shape, model.config.hidden_dim, dtype=weight.dtype)
+    for b, length in enumerate(lengths_B.tolist()):
+        here, num_chunks = slice(b, b + 1), length // model.config.chunk_length
+        hidden_BTD[here, :length] = _read_together(
+            model,
+            tokens_BT[here, :length],
+            lengths_B[here],
+            cache,
+            None if neighbours_BLKR is None else neighbours_BLKR[here, :num_chunks],
+            None if mask_BLKR is None else mask_BLKR[here, :num_chunks],
+            slots_B[here],
+        )
+    return hidden_BTD
+
+
+def _read_together(
+    model: RetroModel,
+    tokens_BT: Tensor,
+    lengths_B: Tensor,
+    cache: DecodeCache,
+    neighbours_BLKR: Tensor | None,
+    mask_BLKR: Tensor | None,
+    slots_B: Tensor,
+) -> Tensor:
+    h_BTD = model.embed_tokens(tokens_BT)
+    inputs = sequence_inputs(model.config, h_BTD, neighbours_BLKR, mask_BLKR, None)
+    recorder = PromptRecorder(cache, slots_B, lengths_B, model.config.chunk_length)
+    h_BTD, encoded = model.run_layers(h_BTD, inputs, recorder)
+    if encoded is not None:
+        _store(model, cache, *recorder.newest_chunks(encoded))
+    cache.lengths[slots_B.cpu()] = lengths_B
+    return model.norm(h_BTD)
+
+
+def read_new_tokens(
+    model: RetroModel,
+    tokens_N: Tensor,
+    num_new: Sequence[int],
+    cache: DecodeCache,
+    neighbours_BKR: Tensor | None,
+    mask_BKR: Tensor | None,
+    arrived_B: Tensor | None,
+) -> Tensor:
+    """`RetroModel.decode_tokens`."""
+    lengths: list[int] = cache.lengths[: len(num_new)].tolist()
+    longest = max((length + count for length, count in zip(lengths, num_new, strict=True) if count), default=0)
+    cache.require_room(longest, 0 if neighbours_BKR is None else neighbours_BKR.shape[1])
+    _require_one_chunk(model, lengths, num_new)
+    cache.make_room(len(num_new), longest)
+    m = model.config.chunk_length
+    completed = [slot for slot, count in enumerate(num_new) if count and (lengths[slot] + 1) % m == 0]
+    h_ND = model.embed_tokens(tokens_N)
+    new = place_new_tokens(model.config, lengths, num_new, h_ND.device, h_ND.dtype)
+    seen_BS = None
+    for layer in model.layers:
+        number = layer.number
+        h_ND = layer.self_attention.step(h_ND, new, cache.keys[number - 1], cache.values[number - 1])
+        if number == model.first_cca_layer:
+            # First tokens may complete a chunk. Those behind belong to the next one, in the same rows.
+            first, rows_N = new.first_rows, new.positions_N % m
+            cache.chunk_hidden[new.slots_N[first], rows_N[first]] = h_ND[first].to(cache.chunk_hidden.dtype)
+            if completed:
+                _exchange_neighbours(model, cache, completed, neighbours_BKR, mask_BKR, arrived_B)
+            if len(first) < len(tokens_N):
+                cache.chunk_hidden[new.slots_N, rows_N] = h_ND.to(cache.chunk_hidden.dtype)
+            seen_BS = cache.seen_rows(len(num_new))
+        if layer.cca is not None and seen_BS is not None:
+            h_ND = layer.cca.step(h_ND, new, cache.cca_keys[number], cache.cca_values[number], seen_BS)
+        h_ND = layer.feed_forward(h_ND)
+    cache.lengths[: len(num_new)] += torch.tensor(num_new)
+    return model.read_out(model.norm(h_ND))
+
+
+def _require_one_chunk(model: RetroModel, lengths: Sequence[int], num_new: Sequence[int]) -> None:
+    for slot, (length, count) in enumerate(zip(lengths, num_new, strict=True)):
+        if count > model.most_new_tokens(length):
+            raise ConfigError(
+                f"slot {slot} has {length} tokens and gets {count}: with chunk_length {model.config.chunk_length} "
+                f"it may get {model.most_new_tokens(length)} in one pass, up to the end of a chunk"
+            )
+
+
+def _exchange_neighbours(
+    model: RetroModel,
+    cache: DecodeCache,
+    completed: Sequence[int],
+    neighbours_BKR: Tensor | None,
+    mask_BKR: Tensor | None,
+    arrived_B: Tensor | None,
+) -> None:
+    """In slots that complete a chunk, its neighbours take the place of those of the chunk before."""
+    device = cache.chunk_hidden.device
+    cache.clear_neighbours(torch.tensor(completed, device=device))
+    if neighbours_BKR is None or neighbours_BKR.numel() == 0 or model.encoder is None:
+        return
+    arrived = [slot for slot in completed if arrived_B is None or bool(arrived_B[slot])]
+    # One by one on a CPU, as prompts are read, and for the same reason.
+    for slots in [[slot] for slot in arrived] if device.type == "cpu" else [arrived] if arrived else []:
+        slots_N = torch.tensor(slots, dtype=torch.int64, device=device)
+        mask_NKR = None if mask_BKR is None else mask_BKR[slots_N]
+        e_NKRD = model.embed_neighbours(neighbours_BKR[slots_N])
+        _store(model, cache, slots_N, model.encoder(e_NKRD, mask_NKR, cache.chunk_hidden[slots_N]))
+
+
+def _store(model: RetroModel, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours) -> None:
+    cca_layers = ((layer.number, layer.cca) for layer in model.layers if layer.cca is not None)
+    cache.write_neighbours(slots, encoded, {n: cca.encoded_keys_values(encoded) for n, cca in cca_layers})

@@ -1,0 +1,148 @@
+"""New tokens of many sequences in one pass: where they belong in a cache, and what they read there.
+
+Shapes: N new tokens of all sequences, one slot's after another's. In a group of slots: B slots, at
+most T new tokens of each, S rows of the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retro_ray.config import ModelConfig
+from retro_ray.model.attention import attend, attention_weights
+from retro_ray.model.cache import whole_blocks
+from retro_ray.model.layers import RowRotation, row_rotation
+
+_MAX_WASTED_ROWS = 512
+"""Slots of unequal length are read together if not more rows than these are read in vain: about the
+time that one more group takes."""
+LONG_SUM = 1024
+"""oneDNN, which multiplies bf16 matrices on a CPU, adds up more terms than these in another order for one
+row than for several."""
+
+
+@dataclass(frozen=True)
+class SlotGroup:
+    """Consecutive slots whose attention is computed as one batch."""
+
+    slots: slice
+    rows: slice
+    """Of the N new tokens."""
+    width: int
+    """T."""
+    places_N: Tensor | None
+    """Of each token among the B * T; None: they fill all places."""
+    seen_BTS: Tensor
+    """bool: positions of its slot that a token may look at."""
+
+    def read(self, q_NHE: Tensor, keys: Tensor, values: Tensor, seen_BTS: Tensor) -> Tensor:
+        """What the group's queries read in the first S rows of its slots of a cache: [N, H * E]."""
+        num_slots, num_rows = self.slots.stop - self.slots.start, seen_BTS.shape[-1]
+        q_NHE = q_NHE[self.rows]
+        if self.places_N is not None:
+            places = q_NHE.new_zeros(num_slots * self.width, *q_NHE.shape[1:])
+            q_NHE = places.index_copy_(0, self.places_N, q_NHE)
+        q_BHTE = q_NHE.unflatten(0, (num_slots, self.width)).transpose(1, 2)
+        k_BHSE, v_BHSE = keys[self.slots, :, :num_rows], values[self.slots, :, :num_rows]
+        read_BHTE = _attend_row_by_row(q_BHTE, k_BHSE, v_BHSE, seen_BTS[:, None])
+        read_NX = read_BHTE.transpose(1, 2).flatten(2).flatten(0, 1)
+        return read_NX if self.places_N is None else read_NX[self.places_N]
+
+
+def _attend_row_by_row(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor) -> Tensor:
+    """`attend`, each token as if it were alone, to the bit."""
+    num_tokens, num_rows = q_BHTE.shape[2], k_BHSE.shape[2]
+    if num_tokens == 1 or num_rows <= LONG_SUM or q_BHTE.device.type != "cpu":
+        return attend(q_BHTE, k_BHSE, v_BHSE, mask)
+    weights_BHTS = attention_weights(q_BHTE, k_BHSE, mask)
+    return torch.cat([weights_BH1S @ v_BHSE for weights_BH1S in weights_BHTS.split(1, dim=2)], dim=2)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The new tokens of one pass."""
+
+    slots_N: Tensor
+    positions_N: Tensor
+    first_rows: Tensor
+    """Which of the N tokens are their slot's first."""
+    groups: tuple[SlotGroup, ...]
+    rotation: RowRotation
+    """To the tokens' positions."""
+    neighbour_rotation: RowRotation
+    """To their positions for chunked cross-attention."""
+
+    def read_past(self, q_NHE: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Self-attention over a cache's keys and values [*, H, *, E], those of the new tokens among
+        them: [N, H * E].
+        """
+        return _joined([group.read(q_NHE, keys, values, group.seen_BTS) for group in self.groups])
+
+    def read_neighbours(self, q_NHE: Tensor, keys: Tensor, values: Tensor, seen_BS: Tensor) -> Tensor:
+        """What the queries read in those rows of their slots [*, H, S, E] that may be seen: [N, H * E]."""
+        return _joined([group.read(q_NHE, keys, values, seen_BS[group.slots, None]) for group in self.groups])
+
+
+def place_new_tokens(
+    config: ModelConfig, lengths: Sequence[int], num_new: Sequence[int], device: torch.device, dtype: torch.dtype
+) -> NewTokens:
+    """Places for `num_new` tokens of each slot behind the `lengths` that it has; one in all at least."""
+    slots = [slot for slot, count in enumerate(num_new) for _ in range(count)]
+    positions = [length + t for length, count in zip(lengths, num_new, strict=True) for t in range(count)]
+    positions_N = torch.tensor(positions, device=device)
+    groups: list[SlotGroup] = []
+    for members in _grouped_slots(lengths, num_new):
+        first_row = groups[-1].rows.stop if groups else 0
+        groups.append(_slot_group(members, lengths, num_new, first_row, device))
+    m = config.chunk_length
+    return NewTokens(
+        slots_N=torch.tensor(slots, device=device),
+        positions_N=positions_N,
+        first_rows=torch.tensor([sum(num_new[:slot]) for slot, count in enumerate(num_new) if count], device=device),
+        groups=tuple(groups),
+        rotation=row_rotation(positions_N, config.head_dim, config.rope_base, dtype),
+        neighbour_rotation=row_rotation(m + (positions_N + 1) % m, config.head_dim, config.rope_base, dtype),
+    )
+
+
+def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int]) -> list[range]:
+    """Consecutive slots that have new tokens, in groups of about equal length."""
+    groups: list[range] = []
+    longest = total = 0
+    for slot, count in enumerate(num_new):
+        if count == 0:
+            continue
+        end = lengths[slot] + count
+        wasted = max(longest, end) * (len(groups[-1]) + 1) - total - end if groups else 0
+        if groups and groups[-1].stop == slot and wasted <= _MAX_WASTED_ROWS:
+            groups[-1] = range(groups[-1].start, slot + 1)
+            longest, total = max(longest, end), total + end
+        else:
+            groups.append(range(slot, slot + 1))
+            longest = total = end
+    return groups
+
+
+def _slot_group(
+    members: range, lengths: Sequence[int], num_new: Sequence[int], first_row: int, device: torch.device
+) -> SlotGroup:
+    counts = [num_new[slot] for slot in members]
+    num_rows = whole_blocks(max(lengths[slot] + num_new[slot] for slot in members))
+    width = max(counts)
+    places = [b * width + t for b, count in enumerate(counts) for t in range(count)]
+    positions_BT = torch.tensor([[lengths[slot] + t for t in range(width)] for slot in members], device=device)
+    return SlotGroup(
+        slots=slice(members.start, members.stop),
+        rows=slice(first_row, first_row + len(places)),
+        width=width,
+        places_N=torch.tensor(places, device=device) if len(places) < len(members) * width else None,
+        seen_BTS=torch.arange(num_rows, device=device) <= positions_BT[..., None],
+    )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))

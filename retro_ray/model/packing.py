@@ -1,0 +1,57 @@
+"""Weights in the order in which a CPU's bf16 kernels read them, for inference.
+
+As they come, weights are put into that order in every product, which is what most of the time goes
+into when the rows are few, as in decoding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from retro_ray.model.attention import SelfAttention
+from retro_ray.model.new_tokens import LONG_SUM
+from retro_ray.model.retro import RetroModel
+
+_EXPECTED_ROWS = 8
+"""What the order is chosen for; it serves other numbers of rows almost as well."""
+
+
+class PackedLinear(nn.Module):
+    """A linear layer without bias, of weights [out, in] in bf16. It cannot be trained, moved or saved."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _EXPECTED_ROWS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A single row would be summed in another order than the same row beside others.
+        alone = self.in_features > LONG_SUM and x.numel() == self.in_features
+        rows = x.reshape(1, -1).expand(2, -1).contiguous() if alone else x
+        product = torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+        return product[0].view(*x.shape[:-1], -1) if alone else product
+
+
+def pack_weights(model: RetroModel) -> bool:
+    """Pack all of a model's matrices, which from then on computes and no more: no training, no saving.
+
+    Returns:
+        Whether it was done: only on a CPU with bf16 products, for a model in bf16, and once.
+    """
+    weight = model.token_embedding.weight
+    capabilities = torch.cpu.get_capabilities()
+    has_products = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not has_products:
+        return False
+    for module in model.modules():
+        if isinstance(module, SelfAttention):
+            projections = module.query, module.key, module.value
+            module.joint_projection = PackedLinear(torch.cat([linear.weight for linear in projections]))
+            del module.query, module.key, module.value
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child.weight))
+    model.packed_read_out = PackedLinear(model.read_out_weight)
+    return True
