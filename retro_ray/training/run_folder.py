@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from typing import Any
 from retro_ray.config import RunConfig
 from retro_ray.database.format import Manifest, write_json_atomically
 from retro_ray.errors import CheckpointError, ConfigError
+from retro_ray.file_lock import file_lock
 from retro_ray.recipes import get_recipe
 from retro_ray.training.windows import require_stored_neighbours
 
@@ -39,18 +38,13 @@ def locked(directory: Path) -> Iterator[None]:
     Raises:
         ConfigError: another process has it.
     """
+
+    def refuse(holder: str) -> ConfigError:
+        return ConfigError(f"run {directory.name} is busy ({holder}): wait for it, or use another --run")
+
     directory.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(directory.parent / f".{directory.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"run {directory.name} is being trained by another process: wait for it, or use another --run"
-            ) from None
+    with file_lock(directory.parent / f".{directory.name}.lock", "training it", refuse):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def move_aside(directory: Path, say: Callable[[str], None]) -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 
 import pytest
 
@@ -45,7 +46,10 @@ def test_older_runs_are_kept_under_the_next_free_name(tmp_path):
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path):
     directory = tmp_path / "runs" / "default"
     with locked(directory):
-        with pytest.raises(ConfigError, match="run default is being trained by another process"), locked(directory):
+        with (
+            pytest.raises(ConfigError, match=rf"run default is busy .training it, process {os.getpid()} on"),
+            locked(directory),
+        ):
             pass
         with locked(tmp_path / "runs" / "other"):
             pass
