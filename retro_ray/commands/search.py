@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tyro
 
-from retro_ray.config import default_home
+from retro_ray.config import RerankMethod, RetrievalConfig, RetrievalPolicy, default_home
 from retro_ray.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +26,17 @@ class Search:
     """Folder of the database. $RETRO_RAY_HOME, or ~/.retro_ray."""
     k: int = 5
     """Chunks to find."""
+    rerank: RerankMethod | None = None
+    """How hits are reordered; default: as the neighbours that the database stores."""
+    policy: RetrievalPolicy = "wait"
+    """Where a shard does not answer: wait for it, do without it and say so (partial), or fail."""
     json: bool = False
     """Print a JSON list of hits."""
 
     def run(self) -> None:
         if self.k < 1:
             raise ConfigError(f"--k is {self.k}; it must be at least 1")
-        hits = search(self.home, self.text, self.k)
+        hits = search(self.home, self.text, self.k, RetrievalConfig(rerank=self.rerank, policy=self.policy))
         if self.json:
             print(json.dumps(hits, indent=2, ensure_ascii=False))
             return
@@ -38,13 +45,15 @@ class Search:
             print("   " + " ".join(hit["text"].split()) + "\n")
 
 
-def search(home: Path, text: str, k: int) -> list[dict[str, Any]]:
+def search(home: Path, text: str, k: int, config: RetrievalConfig | None = None) -> list[dict[str, Any]]:
     """The `k` nearest chunks, nearest first, as --json prints them."""
     from retro_ray.database.store import Database
     from retro_ray.retrieval.open import open_retriever
 
     database = Database.open(home)
-    found = open_retriever(database).retrieve_texts([text], k)
+    found = open_retriever(database, config).retrieve_texts([text], k)
+    if found.missing_shards:
+        logger.warning("shards %s did not answer: their chunks may be nearer", list(found.missing_shards))
     m = database.chunk_length
     hits = []
     for column, document in enumerate(found.documents[0]):

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from retro_ray.config import RetrievalConfig, default_home
+from retro_ray.config import RetrievalConfig, RetrievalPolicy, default_home
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingRetrievalConfig(RetrievalConfig):
+    """As a service searches: somebody waits for the answer."""
+
+    timeout_s: float = 10.0
+    policy: RetrievalPolicy = "partial"
 
 
 class ServeSettings(BaseModel):
@@ -32,8 +41,9 @@ class ServeSettings(BaseModel):
     """Completions that a replica decodes together."""
     max_queued: int = Field(default=64, ge=1)
     """Completions that wait in a replica; more are refused at once (503)."""
-    retrieval: RetrievalConfig = RetrievalConfig()
-    """How the shards are searched, e.g. '{"policy": "partial", "num_replicas": 2, "rerank": "overlap"}'."""
+    retrieval: ServingRetrievalConfig = ServingRetrievalConfig()
+    """How the shards are searched, e.g. '{"num_replicas": 2, "rerank": "overlap"}'. Where a shard does not
+    answer, replies say so, unless the policy is set to wait or fail."""
     prefetch: bool = False
     """Retrieve for a chunk when three quarters of it are there, so that generation need not stop for it."""
     max_cached_tokens: int | None = Field(default=None, ge=1)
