@@ -26,6 +26,7 @@ from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig
 from retro_ray.database import survey as surveys
 from retro_ray.database.assemble import assemble_partition
 from retro_ray.database.build_plan import plan_build
+from retro_ray.database.chunk_units import unit_is_finished
 from retro_ray.database.commit import (
     WORK_NAME,
     commit,
@@ -34,7 +35,6 @@ from retro_ray.database.commit import (
     next_generation,
     remove_leftovers,
 )
-from retro_ray.database.embed_pages import unit_is_finished
 from retro_ray.database.embed_units import embed_units
 from retro_ray.database.format import (
     MANIFEST_NAME,

@@ -15,7 +15,8 @@ import ray.data
 
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
 from retro_ray.config import CorpusConfig, DatabaseConfig
-from retro_ray.database.embed_pages import PageEmbedder, chunk_units
+from retro_ray.database.chunk_units import chunk_units
+from retro_ray.database.embed_pages import PageEmbedder
 from retro_ray.database.split import Split
 from retro_ray.progress import progress_bar
 from retro_ray.ray_session import num_cluster_gpus, num_free_cpus

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_ray.database import pages as pages_module
-from retro_ray.database.embed_pages import unit_is_finished
+from retro_ray.database.chunk_units import unit_is_finished
 from retro_ray.database.pages import PageMaker
 from retro_ray.database.store import ChunkStore
 from tests.unit.database.corpora import M, Pages, keys_of, make_document, split_of
