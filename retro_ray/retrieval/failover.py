@@ -1,5 +1,9 @@
 """Asking every shard, each through one of its replicas, and what happens when one does not answer.
 
+Ray takes a second to find out that an actor died with a call in it. So a call that takes much longer
+than others did is made to another replica as well, and the first answer counts (hedged requests: Dean
+and Barroso, The Tail at Scale, 2013); few of them at most, so that a slow cluster is not asked twice.
+
 Decisions only: how a call is made, and how time passes, is a Transport's business. So all of it runs
 in tests without Ray, without waiting, and the same way every time.
 """
@@ -18,6 +22,15 @@ from retro_ray.errors import RetrievalError
 from retro_ray.retrieval.replicas import FIRST_PAUSE_S, ReplicaBook
 
 logger = logging.getLogger(__name__)
+
+HEDGE_FACTOR = 8.0
+"""A call is late when it has taken so many times as long as calls do."""
+MIN_HEDGE_S = 0.05
+HEDGED_SHARE = 0.05
+"""Of all calls, so many may be made twice for being late,"""
+HEDGES_IN_A_ROW = 10.0
+"""and after a quiet time, so many at once."""
+_SMOOTHING = 0.1
 
 
 class FailureKind(Enum):
@@ -80,16 +93,27 @@ class Transport(Protocol):
     def sleep(self, seconds: float) -> None: ...
 
 
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """A request on its way to a replica."""
+
+    replica: int
+    handle: Any
+    sent_at: float
+
+
 @dataclass
 class _Asked:
     """One shard's part of a question."""
 
     shard: int
     num_shards: int
-    calls: list[tuple[int, Any]] = field(default_factory=list)
-    """Replica and call, of all that may still answer."""
+    calls: list[_Call] = field(default_factory=list)
+    """Those that may still answer."""
     deadline: float = 0.0
     """When the newest of them has taken too long."""
+    may_hedge: bool = False
+    """That is only when it is late: it may still be waited for."""
     tried: set[int] = field(default_factory=set)
     """Replicas that failed or were too slow since all of them were last tried."""
     failure: Failure | None = None
@@ -146,7 +170,10 @@ class FailoverClient:
         self._timeout_s = timeout_s
         self._policy: RetrievalPolicy = policy
         self._database = database
-        self._replicas = ReplicaBook(num_replicas, transport.now, self._has_ended, first_replica)
+        self._replicas = ReplicaBook(num_replicas, timeout_s, transport.now, self._has_ended, first_replica)
+        self._num_replicas = num_replicas
+        self._typical_s = 0.0
+        self._hedges_left = HEDGES_IN_A_ROW
         self._last_failures: dict[int, Failure] = {}
         self._reported_missing: set[int] = set()
         self._lock = threading.Lock()
@@ -155,7 +182,7 @@ class FailoverClient:
         """Send a request to all shards; several questions may be on their way at once."""
         question = Question(request, [_Asked(shard, num_shards) for shard in range(num_shards)])
         for asked in question.parts:
-            self._ask_another(asked, request)
+            self._ask_another(asked, request, set())
         return question
 
     def finish(self, question: Question) -> Answers:
@@ -181,33 +208,34 @@ class FailoverClient:
     def _wait_for_answers(self, question: Question) -> None:
         all_of_them = True  # the usual case in one go; one by one only after something went wrong
         while waiting := [asked for asked in question.parts if asked.is_open]:
-            calls = [(asked, replica, call) for asked in waiting for replica, call in asked.calls]
+            calls = [(asked, call) for asked in waiting for call in asked.calls]
             timeout_s = min(asked.deadline for asked in waiting) - self._transport.now()
-            handles = [call for *_, call in calls]
+            handles = [call.handle for _, call in calls]
             outcomes = self._transport.receive(handles, max(0.0, timeout_s), all_of_them=all_of_them)
-            for (asked, replica, call), outcome in zip(calls, outcomes, strict=True):
-                self._take(asked, replica, call, outcome)
+            for (asked, call), outcome in zip(calls, outcomes, strict=True):
+                self._take(asked, call, outcome)
             for asked in waiting:
                 if asked.is_open and (not asked.calls or self._transport.now() >= asked.deadline):
                     all_of_them = False
                     self._go_on(asked, question.request)
 
-    def _take(self, asked: _Asked, replica: int, call: Any, outcome: Any | Failure | None) -> None:
+    def _take(self, asked: _Asked, call: _Call, outcome: Any | Failure | None) -> None:
         """Note what became of a call."""
         if outcome is None or asked.answer is not None:
             return
-        asked.calls.remove((replica, call))
+        asked.calls.remove(call)
         if isinstance(outcome, Failure):
             with self._lock:
-                self._replicas.failed(asked.shard, replica)
+                self._replicas.failed(asked.shard, call.replica)
                 self._last_failures[asked.shard] = outcome
-            asked.tried.add(replica)
+            asked.tried.add(call.replica)
             asked.failure = outcome
-            self._handle(asked, replica, outcome)
+            self._handle(asked, call.replica, outcome)
             return
         with self._lock:
-            self._replicas.answered(asked.shard, replica, outcome.num_queued)
+            self._replicas.answered(asked.shard, call.replica, outcome.num_queued)
             self._reported_missing.discard(asked.shard)
+            self._typical_s += _SMOOTHING * (self._transport.now() - call.sent_at - self._typical_s)
         asked.answer = outcome
         self._abandon(asked)
 
@@ -221,8 +249,14 @@ class FailoverClient:
 
     def _go_on(self, asked: _Asked, request: Any) -> None:
         """A shard has not answered in time, or its replica has failed: ask another, or do as the policy says."""
-        asked.tried |= {replica for replica, _ in asked.calls}
-        if self._ask_another(asked, request):
+        busy = {call.replica for call in asked.calls}
+        if asked.calls and asked.may_hedge:
+            asked.may_hedge, asked.deadline = False, asked.calls[-1].sent_at + self._timeout_s
+            if self._take_hedge():
+                self._ask_another(asked, request, busy)
+            return
+        asked.tried |= busy
+        if self._ask_another(asked, request, asked.tried):
             return
         is_damaged = asked.failure is not None and asked.failure.kind is FailureKind.DAMAGED and not asked.calls
         if self._policy == "partial":
@@ -243,24 +277,36 @@ class FailoverClient:
                 asked.deadline = now + self._timeout_s
         else:
             self._transport.sleep(FIRST_PAUSE_S)
-        asked.tried = {replica for replica, _ in asked.calls}
+        asked.tried = {call.replica for call in asked.calls}
 
-    def _ask_another(self, asked: _Asked, request: Any) -> bool:
-        """Send the request to the fittest replica that was not tried; False where there is none."""
+    def _ask_another(self, asked: _Asked, request: Any, passed_over: set[int]) -> bool:
+        """Send the request to the fittest of the other replicas; False where there is none."""
         with self._lock:
-            replica = self._replicas.choose(asked.shard, asked.tried)
+            replica = self._replicas.choose(asked.shard, passed_over)
             if replica is None:
                 return False
             self._replicas.sent(asked.shard, replica)
-        asked.calls.append((replica, self._transport.send(asked.shard, replica, request)))
-        asked.deadline = self._transport.now() + self._timeout_s
+            self._hedges_left = min(HEDGES_IN_A_ROW, self._hedges_left + HEDGED_SHARE)
+            late_s = max(MIN_HEDGE_S, HEDGE_FACTOR * self._typical_s)
+        now = self._transport.now()
+        asked.calls.append(_Call(replica, self._transport.send(asked.shard, replica, request), now))
+        asked.may_hedge = not passed_over and self._num_replicas > 1 and late_s < self._timeout_s
+        asked.deadline = now + (late_s if asked.may_hedge else self._timeout_s)
         return True
+
+    def _take_hedge(self) -> bool:
+        """Whether one more call may be made twice."""
+        with self._lock:
+            if self._hedges_left < 1:
+                return False
+            self._hedges_left -= 1
+            return True
 
     def _abandon(self, asked: _Asked) -> None:
         """Wait no longer for what is still on its way."""
         with self._lock:
-            for replica, call in asked.calls:
-                self._replicas.abandoned(asked.shard, replica, call)
+            for call in asked.calls:
+                self._replicas.abandoned(asked.shard, call.replica, call.handle, call.sent_at)
         asked.calls.clear()
 
     def _report_missing(self, asked: _Asked) -> None:

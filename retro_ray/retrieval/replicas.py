@@ -22,8 +22,11 @@ class _Replica:
     num_failures: int = 0
     """In a row."""
     paused_until: float = float("-inf")
-    stuck: list[Any] = field(default_factory=list)
-    """Calls that were given up and may still run: a replica that has any is not asked again."""
+    starting: list[Any] = field(default_factory=list)
+    """Calls that end once it has been started: until then it is not asked."""
+    late: list[tuple[Any, float]] = field(default_factory=list)
+    """Calls that another replica answered first, and when they were sent: it is asked last, and after
+    timeout_s not at all, until they have ended."""
 
 
 class ReplicaBook:
@@ -31,15 +34,22 @@ class ReplicaBook:
 
     Args:
         num_replicas: of each shard.
+        timeout_s: a replica that has a call for longer is not asked.
         now: a clock, in seconds.
         is_finished: whether a call that was given up has ended meanwhile.
         first: the replica that is asked first; clients that differ in it spread over the replicas.
     """
 
     def __init__(
-        self, num_replicas: int, now: Callable[[], float], is_finished: Callable[[Any], bool], first: int = 0
+        self,
+        num_replicas: int,
+        timeout_s: float,
+        now: Callable[[], float],
+        is_finished: Callable[[Any], bool],
+        first: int = 0,
     ) -> None:
         self._num_replicas = num_replicas
+        self._timeout_s = timeout_s
         self._now = now
         self._is_finished = is_finished
         self._first = first
@@ -56,7 +66,7 @@ class ReplicaBook:
         turn = next(self._turns.setdefault(shard, itertools.count(self._first + shard))) % self._num_replicas
         in_turn = [(turn + step) % self._num_replicas for step in range(self._num_replicas)]
         fit = [replica for replica in in_turn if replica not in passed_over and self._is_fit(shard, replica)]
-        return min(fit, key=lambda replica: self._queue_length(shard, replica), default=None)
+        return min(fit, key=lambda replica: self._reluctance(shard, replica), default=None)
 
     def sent(self, shard: int, replica: int) -> None:
         self._of(shard, replica).num_in_flight += 1
@@ -76,21 +86,26 @@ class ReplicaBook:
         state.num_failures += 1
         state.paused_until = self._now() + pause_s
 
-    def abandoned(self, shard: int, replica: int, call: Any) -> None:
+    def abandoned(self, shard: int, replica: int, call: Any, sent_at: float) -> None:
         """A call that has not ended is waited for no longer."""
         state = self._of(shard, replica)
         state.num_in_flight -= 1
-        state.stuck.append(call)
+        state.late.append((call, sent_at))
 
     def starting(self, shard: int, replica: int, call: Any) -> None:
-        """The replica was started anew, and is fit once `call` has ended."""
-        self._of(shard, replica).stuck.append(call)
+        """The replica is being started, and fit once `call` has ended."""
+        self._of(shard, replica).starting.append(call)
 
     def _is_fit(self, shard: int, replica: int) -> bool:
-        state = self._of(shard, replica)
-        if state.stuck:
-            state.stuck = [call for call in state.stuck if not self._is_finished(call)]
-        return not state.stuck and self._now() >= state.paused_until
+        state, now = self._of(shard, replica), self._now()
+        state.starting = [call for call in state.starting if not self._is_finished(call)]
+        state.late = [(call, sent_at) for call, sent_at in state.late if not self._is_finished(call)]
+        hangs = any(now - sent_at >= self._timeout_s for _, sent_at in state.late)
+        return not state.starting and not hangs and now >= state.paused_until
+
+    def _reluctance(self, shard: int, replica: int) -> tuple[bool, int]:
+        """Which of two is asked later."""
+        return bool(self._of(shard, replica).late), self._queue_length(shard, replica)
 
     def _queue_length(self, shard: int, replica: int) -> int:
         state = self._of(shard, replica)

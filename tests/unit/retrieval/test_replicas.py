@@ -6,6 +6,8 @@ import pytest
 
 from retro_ray.retrieval.replicas import FIRST_PAUSE_S, LONGEST_PAUSE_S, REPORT_LIFETIME_S, ReplicaBook
 
+TIMEOUT_S = 10.0
+
 
 class Clock:
     now = 0.0
@@ -14,7 +16,7 @@ class Clock:
 def book(num_replicas: int, first: int = 0) -> tuple[ReplicaBook, Clock, set[str]]:
     clock: Clock = Clock()
     ended: set[str] = set()
-    return ReplicaBook(num_replicas, lambda: clock.now, ended.__contains__, first), clock, ended
+    return ReplicaBook(num_replicas, TIMEOUT_S, lambda: clock.now, ended.__contains__, first), clock, ended
 
 
 @pytest.mark.parametrize("num_shards", [1, 2, 3, 4])
@@ -76,14 +78,18 @@ def test_a_failed_replica_pauses_longer_every_time_until_it_answers() -> None:
     assert replicas.choose(0) == 0
 
 
-def test_a_replica_that_hangs_is_not_asked_before_its_call_has_ended() -> None:
+def test_a_replica_with_a_late_call_is_asked_last_and_after_timeout_s_not_at_all() -> None:
     replicas, clock, ended = book(2)
     replicas.sent(0, 0)
-    replicas.abandoned(0, 0, "slow")
-    clock.now = 1e6
+    replicas.abandoned(0, 0, "late", sent_at=clock.now)
+    for _ in range(3):
+        replicas.sent(0, 1)
     assert {replicas.choose(0) for _ in range(4)} == {1}
-    ended.add("slow")
-    assert {replicas.choose(0) for _ in range(4)} == {0, 1}
+    assert replicas.choose(0, {1}) == 0
+    clock.now = TIMEOUT_S
+    assert replicas.choose(0, {1}) is None
+    ended.add("late")
+    assert {replicas.choose(0) for _ in range(4)} == {0}
 
 
 def test_a_replica_that_is_started_anew_is_asked_once_it_is_ready() -> None:
