@@ -85,6 +85,7 @@ def generate(home: Path, prompt: str):
     """Continue a prompt greedily with the newest checkpoint of the default run."""
     from retro_ray.database.store import Database
     from retro_ray.generation.engine import GenerationEngine
+    from retro_ray.generation.fast_model import fast_model
     from retro_ray.generation.request import GenerationRequest
     from retro_ray.generation.sampling import SamplingConfig
     from retro_ray.retrieval.open import open_retriever
@@ -93,7 +94,7 @@ def generate(home: Path, prompt: str):
 
     database = Database.open(home)
     model, _, _ = load_model(run_directory(home, "default"), database.manifest)
-    engine = GenerationEngine(model, database.tokenizer, open_retriever(database))
+    engine = GenerationEngine(fast_model(model), database.tokenizer, open_retriever(database))
     request = GenerationRequest(prompt=prompt, max_tokens=_GENERATED_TOKENS, sampling=SamplingConfig(temperature=0.0))
     return engine.generate([request])[0]
 

@@ -45,12 +45,15 @@ class Generate:
     """Generate without neighbours."""
     prefetch: bool = False
     """Look neighbours up when three quarters of a chunk are there, so that generation does not stop for them."""
+    speculate: int = 12
+    """Tokens guessed at most from what was retrieved, and then read in one pass; 0: none. Changes no answer."""
     json: bool = False
     """Print one JSON object, at the end."""
 
     def run(self) -> None:
         from retro_ray.database.store import Database
         from retro_ray.generation.engine import GenerationEngine
+        from retro_ray.generation.fast_model import fast_model
         from retro_ray.generation.request import GenerationRequest
         from retro_ray.generation.sampling import SamplingConfig
         from retro_ray.retrieval.open import open_retriever
@@ -67,7 +70,9 @@ class Generate:
         database = Database.open(self.home)
         model, _, _ = load_model(run_directory(self.home, self.run_name), database.manifest)
         retriever = None if self.no_retrieval else open_retriever(database)
-        engine = GenerationEngine(model, database.tokenizer, retriever, prefetch=self.prefetch)
+        engine = GenerationEngine(
+            fast_model(model), database.tokenizer, retriever, prefetch=self.prefetch, speculate=self.speculate
+        )
         if self.json:
             [result] = engine.generate([request])
             print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False))

@@ -24,6 +24,9 @@ from retro_ray.model.retro import RetroModel
 
 _SCORED_TOGETHER = 256
 """Positions of a prompt whose logits are there at the same time."""
+_MOST_ROWS = 32
+"""Tokens of all sequences in one pass, the drafted ones among them: on a CPU, what more would cost is
+more than they save."""
 
 
 class DecodingBatch:
@@ -79,10 +82,13 @@ class DecodingBatch:
             self._score_prompt(state, hidden_TD)
         logits_BV = self._model.read_out(hidden_BTD[torch.arange(len(states)), lengths_B - 1])
         self.active += states
-        self._choose(states, logits_BV)
+        for state, logits_V in zip(states, logits_BV.float().cpu(), strict=True):
+            self._choose(state, logits_V[None])
+        self._remove_finished()
 
     def step(self) -> list[SequenceState]:
-        """One more token for every sequence that does not wait for neighbours; returns them.
+        """One more token for every sequence that does not wait for neighbours, or several where its draft
+        was right; returns these sequences.
 
         Those that finish are active no longer.
         """
@@ -90,22 +96,31 @@ class DecodingBatch:
         if not running:
             return []
         assert self._cache is not None
-        # Slots behind the last one that runs need not be computed; those that wait in between are.
+        # Slots behind the last one that runs need not be computed; those that wait in between are left out.
         states = self.active[: running[-1] + 1]
-        runs_B = torch.zeros(len(states), dtype=torch.bool)
-        runs_B[running] = True
+        most_drafted = max(0, _MOST_ROWS // len(running) - 1)
+        drafts = [[] if state.is_waiting else self._draft(state, most_drafted) for state in states]
+        read = [
+            [] if state.is_waiting else [state.tokens[-1], *draft] for state, draft in zip(states, drafts, strict=True)
+        ]
+        num_new = [len(tokens) for tokens in read]
         arrived = [[] if state.is_waiting or state.arrived is None else [state.arrived] for state in states]
         neighbours_BLKR, mask_BLKR = neighbour_tensors(arrived, self._model.config.neighbour_length, self._device)
-        logits_BV = self._model.decode_step(
-            torch.tensor([state.tokens[-1] for state in states], device=self._device),
+        logits_NV = self._model.decode_tokens(
+            torch.tensor([token for tokens in read for token in tokens], device=self._device),
+            num_new,
             self._cache,
             None if neighbours_BLKR is None else neighbours_BLKR[:, 0],
             None if mask_BLKR is None else mask_BLKR[:, 0],
             torch.tensor([bool(row) for row in arrived]),
-            active_B=runs_B,
         )
+        for state, logits_TV, draft in zip(states, logits_NV.float().cpu().split(num_new), drafts, strict=True):
+            if len(logits_TV):
+                self._choose(state, logits_TV, draft)
+        if any(drafts):
+            self._cache.truncate([len(state.tokens) - 1 for state in states])
         produced = [states[slot] for slot in running]
-        self._choose(produced, logits_BV[runs_B.to(self._device)])
+        self._remove_finished()
         return produced
 
     def remove(self, state: SequenceState) -> None:
@@ -123,20 +138,41 @@ class DecodingBatch:
         elif self._cache is not None and self._cache.batch_size > len(self.active):
             self._cache.resize(len(self.active), *self._needs(self.active))
 
-    def _choose(self, states: Sequence[SequenceState], logits_BV: torch.Tensor) -> None:
-        """The next token of each sequence, or its end where the prompt is all that was asked for."""
-        logits_BV = logits_BV.float().cpu()
-        for state, logits_V in zip(states, logits_BV, strict=True):
-            request = state.request
-            if request.max_tokens == 0:
-                state.finish("length")
-            else:
-                penalised_V = penalise_repetition(logits_V, state.tokens, request.sampling)
-                token = sample_token(penalised_V, request.sampling, state.generator)
-                num_top = request.logprobs
-                state.append(token, None if num_top is None else token_scores(logits_V[None], [token], num_top)[0])
+    def _draft(self, state: SequenceState, most: int) -> list[int]:
+        if state.drafter is None:
+            return []
+        # The newest token is read with the draft, of which nothing may end a chunk: it would need
+        # neighbours that nobody has asked for. A further token is chosen after the last that is right.
+        room = self._model.most_new_tokens(len(state.tokens) - 1) - 1
+        most = min(most, room, state.max_length - len(state.tokens) - 1)
+        return state.drafter.draft(state.tokens, state.retrieved, most)
+
+    def _choose(self, state: SequenceState, logits_TV: torch.Tensor, draft: Sequence[int] = ()) -> None:
+        """The tokens that follow in a sequence, under the logits after its newest token and after each
+        drafted one: as long as they are the drafted ones, and one more. Or its end, where the prompt is
+        all that was asked for.
+        """
+        request = state.request
+        if request.max_tokens == 0:
+            state.finish("length")
+            return
+        num_right = 0
+        for position, logits_V in enumerate(logits_TV):
+            penalised_V = penalise_repetition(logits_V, state.tokens, request.sampling)
+            token = sample_token(penalised_V, request.sampling, state.generator)
+            num_top = request.logprobs
+            state.append(token, None if num_top is None else token_scores(logits_V[None], [token], num_top)[0])
+            if list(draft[position : position + 1]) != [token]:
+                break
+            num_right += 1
             if state.finish_reason is not None:
-                self.remove(state)
+                break
+        if state.drafter is not None:
+            state.drafter.learn(len(draft), num_right)
+
+    def _remove_finished(self) -> None:
+        for state in [state for state in self.active if state.finish_reason is not None]:
+            self.remove(state)
 
     def _score_prompt(self, state: SequenceState, hidden_TD: torch.Tensor) -> None:
         """The log-probabilities of an echoed prompt's tokens; those at t are read at t - 1."""

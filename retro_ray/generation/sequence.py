@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
+from retro_ray.generation.drafts import Drafter
 from retro_ray.generation.events import Retrieved, TextDelta
 from retro_ray.generation.logprobs import TokenScore
 from retro_ray.generation.neighbours import ChunkQuery, RetrievedChunk, cited_neighbours
@@ -31,6 +32,7 @@ class SequenceState:
         query_length: tokens of a chunk after which its neighbours are asked for. Where that is fewer
             than the chunk's, chunks that the prompt does not complete are searched for by their first
             `query_length` tokens, however many more there are by then.
+        drafter: guesses what follows; None: nothing is guessed.
     """
 
     def __init__(
@@ -42,8 +44,10 @@ class SequenceState:
         chunk_length: int,
         num_neighbours: int,
         query_length: int | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.request = request
+        self.drafter = drafter
         self.tokens = list(prompt_tokens)
         self.num_prompt_tokens = len(self.tokens)
         self.num_neighbours = num_neighbours

@@ -15,10 +15,10 @@ from retro_ray.database.store import Database
 from retro_ray.errors import OverloadedError, RetroRayError
 from retro_ray.generation.engine import GenerationEngine
 from retro_ray.generation.events import GenerationEvent
+from retro_ray.generation.fast_model import fast_model
 from retro_ray.generation.neighbours import cited_neighbours
 from retro_ray.generation.request import GenerationRequest, Rerank
 from retro_ray.generation.scheduler import GenerationScheduler
-from retro_ray.precision import bf16_is_fast
 from retro_ray.serve.checkpoint_watch import CheckpointWatch
 from retro_ray.serve.metrics import Instruments, MeasuredSearch, Search, ServiceMetrics
 from retro_ray.serve.service import RetrievedText, ServedModel
@@ -146,10 +146,12 @@ class Replica:
     def _load(self, path: Path) -> _Loaded:
         """The checkpoint at `path`, or the newest one of a run."""
         model, _, meta = load_model(path, self._database.manifest, self._device)
-        if bf16_is_fast(self._device):
-            model = model.bfloat16()
         engine = GenerationEngine(
-            model, self._database.tokenizer, self._measured_search, prefetch=self._settings.prefetch
+            fast_model(model),
+            self._database.tokenizer,
+            self._measured_search,
+            prefetch=self._settings.prefetch,
+            speculate=self._settings.speculate,
         )
         logger.info("loaded step %d of run %s", meta.step, self._settings.run)
         return _Loaded(engine, meta.step, int(time.time()))

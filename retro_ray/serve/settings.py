@@ -46,6 +46,8 @@ class ServeSettings(BaseModel):
     answer, replies say so, unless the policy is set to wait or fail."""
     prefetch: bool = False
     """Retrieve for a chunk when three quarters of it are there, so that generation need not stop for it."""
+    speculate: int = Field(default=12, ge=0)
+    """Tokens guessed at most from what was retrieved, and then read in one pass; 0: none. Changes no answer."""
     max_cached_tokens: int | None = Field(default=None, ge=1)
     """Tokens that the KV cache may hold; default: `max_batch_size` whole contexts."""
     max_deadline_s: float = Field(default=600, gt=0)

@@ -128,7 +128,7 @@ def test_a_model_without_cca_layers_retrieves_nothing(tokenizer, search, prompt_
 def test_the_prompts_chunks_are_one_retrieval_and_each_later_step_at_most_one(
     model, tokenizer, search, prompt_of: PromptOf
 ) -> None:
-    engine = GenerationEngine(model, tokenizer, search)
+    engine = GenerationEngine(model, tokenizer, search, speculate=0)
     # Lengths 9 and 5 finish a chunk at the same steps; 6 does so one step earlier.
     requests = [GenerationRequest(prompt=prompt_of(n), max_tokens=2 * M, sampling=GREEDY) for n in (9, 5, 6)]
     results = engine.generate(requests)

@@ -174,7 +174,7 @@ def test_only_sequences_that_decode_are_computed(
         return decode_tokens(self, tokens_N, *args, **kwargs)
 
     monkeypatch.setattr(RetroModel, "decode_tokens", spy)
-    engine = GenerationEngine(model, tokenizer, search)
+    engine = GenerationEngine(model, tokenizer, search, speculate=0)
     requests = [GenerationRequest(prompt=prompt_of(3), max_tokens=n, sampling=GREEDY) for n in (2, 8, 5)]
 
     async def main() -> None:
@@ -290,7 +290,7 @@ def test_an_error_while_decoding_leaves_nobody_waiting(
     async def main() -> None:
         async with scheduling(engine, max_batch_size=2) as scheduler:
             with monkeypatch.context() as patch:
-                patch.setattr(RetroModel, "decode_step", broken)
+                patch.setattr(RetroModel, "decode_tokens", broken)
                 results = await asyncio.gather(*map(scheduler.generate, requests), return_exceptions=True)
             for result in results:
                 assert isinstance(result, RuntimeError)
