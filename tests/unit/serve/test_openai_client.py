@@ -32,7 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def client(home: Path) -> Iterator[openai.OpenAI]:
     api_settings = ApiSettings(keys=KeyRing(parse_keys(f"{KEY} generate", "keys")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("retro_ray.serve.replica.bf16_is_fast", lambda device: False)
+        patch.setattr("retro_ray.generation.fast_model.bf16_is_fast", lambda device: False)
         api = build_api(new_replica(home), settings=api_settings)
     with (
         listening(api) as port,

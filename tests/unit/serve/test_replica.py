@@ -29,7 +29,7 @@ REQUEST = GenerationRequest(prompt="alpha beta", max_tokens=20, sampling=GREEDY)
 @pytest.fixture(autouse=True)
 def _full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a batch gives what one gives alone."""
-    monkeypatch.setattr("retro_ray.serve.replica.bf16_is_fast", lambda device: False)
+    monkeypatch.setattr("retro_ray.generation.fast_model.bf16_is_fast", lambda device: False)
 
 
 @pytest.fixture(scope="module")
