@@ -42,14 +42,22 @@ def write_documents(
     Returns:
         The writer, closed: it knows what was written.
     """
-    with SegmentWriter(folder, chunk_length, tokenizer.vocab_size) as writer:
+    chunked = (chunk_document(document, tokenizer, chunk_length) for document in documents)
+    return write_chunked(folder, chunked, chunk_length, tokenizer.vocab_size)
+
+
+def write_chunked(
+    folder: Path, documents: Iterable[ChunkedDocument], chunk_length: int, vocab_size: int
+) -> SegmentWriter:
+    """`write_documents` of documents that are chunks already."""
+    with SegmentWriter(folder, chunk_length, vocab_size) as writer:
         block: list[ChunkedDocument] = []
         for document in documents:
-            block.append(chunk_document(document, tokenizer, chunk_length))
+            block.append(document)
             if sum(len(chunked.tokens) for chunked in block) >= _CHUNKS_PER_BLOCK:
-                _write_block(writer, block, tokenizer.vocab_size)
+                _write_block(writer, block, vocab_size)
                 block = []
-        _write_block(writer, block, tokenizer.vocab_size)
+        _write_block(writer, block, vocab_size)
     return writer
 
 

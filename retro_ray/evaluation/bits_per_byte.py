@@ -14,9 +14,7 @@ from at least half a window of its own text.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -24,6 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from retro_ray.database.store import ChunkStore, Database
+from retro_ray.evaluation.scores import BitsPerByte, ChunkScores, TokenScores
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.step import Precision, arithmetic
 from retro_ray.training.windows import (
@@ -40,44 +39,7 @@ RetrievalMode = Literal["on", "off", "random"]
 
 # Positions whose logits over the whole vocabulary exist at the same time.
 _POSITIONS_PER_READ_OUT = 2048
-
-
-@dataclass(frozen=True)
-class BitsPerByte:
-    """Sums that bits per byte is made of; those of parts add up to that of the whole."""
-
-    nats: float = 0.0
-    """Negative log-likelihood of the text's tokens."""
-    num_tokens: int = 0
-    """Tokens scored."""
-    num_bytes: int = 0
-    """UTF-8 bytes of the text they stand for."""
-
-    def __add__(self, other: BitsPerByte) -> BitsPerByte:
-        return BitsPerByte(self.nats + other.nats, self.num_tokens + other.num_tokens, self.num_bytes + other.num_bytes)
-
-    @property
-    def value(self) -> float:
-        """Bits per byte; NaN where there was no text."""
-        return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else math.nan
-
-
-@dataclass(frozen=True)
-class ChunkScores:
-    """The same sums for every chunk of some documents, in the order of `rows`."""
-
-    rows: np.ndarray
-    """int64 [n]: rows of the chunk store."""
-    nats: np.ndarray
-    """float64 [n]: of the chunk's own tokens, whichever position predicted them."""
-    num_tokens: np.ndarray
-    """int64 [n]."""
-    num_bytes: np.ndarray
-    """int64 [n]."""
-
-    @property
-    def total(self) -> BitsPerByte:
-        return BitsPerByte(float(self.nats.sum()), int(self.num_tokens.sum()), int(self.num_bytes.sum()))
+_CHUNKS_PER_GROUP = 512
 
 
 def score_documents(
@@ -93,8 +55,8 @@ def score_documents(
     neighbours: NeighbourSource | None = None,
     seed: int = 0,
 ) -> BitsPerByte:
-    """Bits per byte of whole documents; see `score_chunks` for the arguments."""
-    return score_chunks(
+    """Bits per byte of whole documents; see `score_tokens` for the arguments."""
+    scores = score_tokens(
         model,
         store,
         database,
@@ -105,10 +67,18 @@ def score_documents(
         precision=precision,
         neighbours=neighbours,
         seed=seed,
-    ).total
+    )
+    rows = _rows_of(store, documents)
+    last = np.isin(scores.positions, last_tokens(store, documents))
+    return BitsPerByte(
+        nats=float(scores.nats.sum()),
+        num_tokens=len(scores.nats),
+        num_bytes=int(store.num_bytes(rows).sum()),
+        num_last_tokens=int(last.sum()),
+        num_last_right=int(scores.is_likeliest[last].sum()),
+    )
 
 
-@torch.no_grad()
 def score_chunks(
     model: RetroModel,
     store: ChunkStore,
@@ -122,7 +92,41 @@ def score_chunks(
     neighbours: NeighbourSource | None = None,
     seed: int = 0,
 ) -> ChunkScores:
-    """Score every chunk of whole documents.
+    """Score every chunk of whole documents; see `score_tokens` for the arguments."""
+    scores = score_tokens(
+        model,
+        store,
+        database,
+        documents,
+        mode=mode,
+        num_neighbours=num_neighbours,
+        batch_size=batch_size,
+        precision=precision,
+        neighbours=neighbours,
+        seed=seed,
+    )
+    rows, row_of = _rows_of(store, documents), scores.positions // store.chunk_length
+    nats = np.bincount(row_of, weights=scores.nats, minlength=store.num_chunks)
+    num_tokens = np.bincount(row_of, minlength=store.num_chunks)
+    return ChunkScores(rows, nats[rows], num_tokens[rows], store.num_bytes(rows))
+
+
+@torch.no_grad()
+def score_tokens(
+    model: RetroModel,
+    store: ChunkStore,
+    database: Database,
+    documents: Sequence[int] | np.ndarray,
+    *,
+    mode: RetrievalMode,
+    only: np.ndarray | None = None,
+    num_neighbours: int | None = None,
+    batch_size: int = 8,
+    precision: Precision = "auto",
+    neighbours: NeighbourSource | None = None,
+    seed: int = 0,
+) -> TokenScores:
+    """Score the tokens of whole documents, all but the document-start tokens.
 
     Args:
         model: on the device to compute on.
@@ -130,6 +134,7 @@ def score_chunks(
         database: where neighbours' tokens come from.
         documents: rows of the store's documents; each at most once.
         mode: retrieval on, off, or random.
+        only: bool [num_chunks * m]: score these tokens alone, as in the pass over all. Default: all.
         num_neighbours: per chunk. Default: as many as the model was trained with.
         batch_size: windows per forward pass.
         precision: arithmetic of the forward pass.
@@ -149,19 +154,24 @@ def score_chunks(
         source = neighbours or stored_neighbours(table, database, count)
     reader = WindowReader(table, database, neighbours=source, end_target=NO_TARGET)
     device = next(model.parameters()).device
-    nats, num_tokens = np.zeros(store.num_chunks), np.zeros(store.num_chunks, np.int64)
     windows = _windows(store, documents, model.config.num_chunks)
+    if only is not None:
+        windows = [window for window in windows if only[window.scored(store.chunk_length)].any()]
     was_training = model.training
     model.eval()
+    parts = []
     for start in range(0, len(windows), batch_size):
         some = windows[start : start + batch_size]
-        rows, losses = _score_windows(model, reader, some, arithmetic(precision, device), device)
-        nats += np.bincount(rows, weights=losses, minlength=len(nats))
-        num_tokens += np.bincount(rows, minlength=len(nats))
+        parts.append(_score_windows(model, reader, some, only, arithmetic(precision, device), device))
     model.train(was_training)
-    spans = [np.arange(*store.document_rows(int(document))) for document in documents]
-    scored = np.concatenate(spans) if spans else np.empty(0, np.int64)
-    return ChunkScores(scored, nats[scored], num_tokens[scored], store.num_bytes(scored))
+    return TokenScores.concatenated(parts)
+
+
+def last_tokens(store: ChunkStore, documents: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int64 [n]: the position (see TokenScores) of the last token of each document."""
+    documents = np.asarray(documents, np.int64)
+    rows = store.document_first_row[documents] + store.document_num_chunks[documents] - 1
+    return rows * store.chunk_length + store.lengths(rows) - 1
 
 
 def choose_documents(store: ChunkStore, num_chunks: int, seed: int = 0) -> np.ndarray:
@@ -171,11 +181,33 @@ def choose_documents(store: ChunkStore, num_chunks: int, seed: int = 0) -> np.nd
     return np.sort(order[before < num_chunks])
 
 
+def document_groups(documents: np.ndarray, num_chunks: np.ndarray) -> list[np.ndarray]:
+    """Documents in groups of about 512 chunks: what is scored together, whoever scores it.
+
+    Args:
+        documents: int64 [n].
+        num_chunks: of every document of the store.
+    """
+    group = np.cumsum(num_chunks[documents]) // _CHUNKS_PER_GROUP
+    return [documents[group == number] for number in np.unique(group)]
+
+
 class _Window(NamedTuple):
     first_row: int
     num_chunks: int
     num_context_chunks: int
     """Chunks at its start that another window scores."""
+
+    def scored(self, chunk_length: int) -> slice:
+        """Positions of the tokens that it scores, some of which may be padding or another document's start."""
+        first, stop = self.first_row + self.num_context_chunks, self.first_row + self.num_chunks
+        return slice(first * chunk_length + 1, stop * chunk_length + 1)
+
+
+def _rows_of(store: ChunkStore, documents: Sequence[int] | np.ndarray) -> np.ndarray:
+    """int64 [n]: the chunks of documents, document after document."""
+    spans = [np.arange(*store.document_rows(int(document))) for document in documents]
+    return np.concatenate(spans) if spans else np.empty(0, np.int64)
 
 
 def _windows(store: ChunkStore, documents: Sequence[int] | np.ndarray, max_chunks: int) -> list[_Window]:
@@ -198,21 +230,25 @@ def _score_windows(
     model: RetroModel,
     reader: WindowReader,
     windows: list[_Window],
+    only: np.ndarray | None,
     context: contextlib.AbstractContextManager,
     device: torch.device,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Of every scored token: the row of its chunk, int64 [n], and its nats, float64 [n]."""
+) -> TokenScores:
+    """The tokens that these windows score, in the order of the windows."""
     m = reader.chunk_length
     column = np.arange(windows[0].num_chunks)[None, :]
     first = np.array([window.first_row for window in windows])[:, None]
     count = np.array([window.num_chunks for window in windows])[:, None]
     skipped = np.array([window.num_context_chunks for window in windows])[:, None]
     batch = reader.read(np.where(column < count, first + column, NO_CHUNK))
-    position = np.arange(column.size * m)[None, :]
-    asked = (batch.targets_BT.numpy() != NO_TARGET) & (position >= skipped * m)
-    # The token asked for at position t stands at t + 1, perhaps in the next chunk.
-    rows = np.broadcast_to(first + (position + 1) // m, asked.shape)[asked]
+    place = np.arange(column.size * m)[None, :]
+    asked = (batch.targets_BT.numpy() != NO_TARGET) & (place >= skipped * m)
+    # The token asked for at place t of a window stands at t + 1, perhaps behind the window's end.
+    positions = first * m + place + 1
+    if only is not None:
+        asked[asked] = only[positions[asked]]
     batch, where = batch.to(device), torch.from_numpy(asked).to(device)
+    nats, is_likeliest = [], []
     with context:
         h_BTD = model.hidden(
             batch.tokens_BT,
@@ -225,8 +261,11 @@ def _score_windows(
             batch.targets_BT[where].split(_POSITIONS_PER_READ_OUT),
             strict=True,
         )
-        losses = [F.cross_entropy(model.read_out(h).float(), target, reduction="none") for h, target in parts]
-    return rows, torch.cat(losses).double().cpu().numpy()
+        for h, target in parts:
+            logits = model.read_out(h).float()
+            nats.append(F.cross_entropy(logits, target, reduction="none"))
+            is_likeliest.append(logits.gather(1, target[:, None])[:, 0] >= logits.amax(1))
+    return TokenScores(positions[asked], torch.cat(nats).double().cpu().numpy(), torch.cat(is_likeliest).cpu().numpy())
 
 
 def _random_neighbours(table: ChunkTable, database: Database, count: int, seed: int) -> NeighbourSource:

@@ -14,11 +14,12 @@ import logging
 from pathlib import Path
 
 from retro_ray.config import RetrievalConfig
-from retro_ray.database.arrow_rows import ArrowRows
 from retro_ray.database.store import ChunkStore, Database
+from retro_ray.errors import DatabaseError
+from retro_ray.evaluation.own_text import ScoredText
 from retro_ray.retrieval.local import LocalRetriever
 from retro_ray.retrieval.neighbours import write_neighbours
-from retro_ray.training.windows import NeighbourSource, require_stored_neighbours
+from retro_ray.training.windows import require_stored_neighbours
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,18 @@ def current_neighbours(database: Database, store: ChunkStore) -> Path:
     return path
 
 
-def neighbours_in(path: Path, database: Database, num_neighbours: int) -> NeighbourSource:
-    """The first `num_neighbours` of the neighbours in a file of `current_neighbours`.
+def validation_text(database: Database, num_neighbours: int) -> ScoredText:
+    """The validation split, to be scored with so many of its neighbours in this very generation.
 
     Raises:
-        ConfigError: the database stores fewer neighbours per chunk.
+        DatabaseError: the database has no validation split.
+        ConfigError: it stores fewer neighbours per chunk.
     """
+    store = database.validation
+    if store is None:
+        raise DatabaseError(
+            f"the database in {database.directory} has no validation split: build it with a larger --validation-share, "
+            "or from more documents"
+        )
     require_stored_neighbours(database.manifest, num_neighbours)
-    rows = ArrowRows(path)
-    return lambda chunks: rows.gather("chunk_ids", chunks)[:, :num_neighbours]
+    return ScoredText(database.directory, store.partition, current_neighbours(database, store))

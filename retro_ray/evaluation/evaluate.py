@@ -1,37 +1,53 @@
-"""Scoring a checkpoint on the validation split, spread over Ray actors."""
+"""Scoring a checkpoint on the validation split or on text of one's own, spread over Ray actors."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import ray
 import torch
 from ray.util import ActorPool
 
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
+from retro_ray.config import CorpusConfig
 from retro_ray.database.format import Manifest
+from retro_ray.database.reading import CorpusReader
 from retro_ray.database.store import Database
-from retro_ray.errors import DatabaseError
-from retro_ray.evaluation.bits_per_byte import BitsPerByte, RetrievalMode, choose_documents, score_documents
-from retro_ray.evaluation.current_neighbours import current_neighbours, neighbours_in
+from retro_ray.evaluation.bits_per_byte import RetrievalMode, choose_documents, document_groups, score_documents
+from retro_ray.evaluation.current_neighbours import validation_text
+from retro_ray.evaluation.own_text import (
+    NeighbourSearch,
+    ScoredText,
+    count_document_words,
+    first_neighbours,
+    write_own_text,
+)
+from retro_ray.evaluation.scores import BitsPerByte
 from retro_ray.progress import progress_bar
 from retro_ray.ray_session import num_cluster_gpus, num_free_cpus
+from retro_ray.retrieval.retriever import open_embedder
+from retro_ray.text.chunking import chunk_document
 from retro_ray.training.checkpoint import find_checkpoint, load_model, require_match
 from retro_ray.training.run_folder import run_directory
 
+logger = logging.getLogger(__name__)
+
 MODES: tuple[RetrievalMode, ...] = get_args(RetrievalMode)
-_CHUNKS_PER_TASK = 512
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Bits per byte of one checkpoint on held-out documents, by retrieval mode."""
+    """Bits per byte of one checkpoint on some documents, by retrieval mode."""
 
+    input: tuple[str, ...] | None
+    """What the documents were read from; None: the validation split."""
     checkpoint: Path
     step: int
     database_version: str
@@ -39,6 +55,7 @@ class Evaluation:
     num_neighbours: int
     num_documents: int
     num_chunks: int
+    num_words: int
     scores: dict[RetrievalMode, BitsPerByte]
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,6 +63,7 @@ class Evaluation:
         some = self.scores["on"]
         bits = {mode: score.value for mode, score in self.scores.items()}
         return {
+            "input": None if self.input is None else list(self.input),
             "checkpoint": str(self.checkpoint),
             "step": self.step,
             "database_version": self.database_version,
@@ -54,22 +72,26 @@ class Evaluation:
             "documents": self.num_documents,
             "chunks": self.num_chunks,
             "tokens": some.num_tokens,
+            "words": self.num_words,
             "text_bytes": some.num_bytes,
             "bits_per_byte": bits,
+            "token_perplexity": {mode: score.token_perplexity for mode, score in self.scores.items()},
+            "word_perplexity": {mode: score.word_perplexity(self.num_words) for mode, score in self.scores.items()},
+            "last_token_accuracy": {mode: score.last_token_accuracy for mode, score in self.scores.items()},
             "gain_on_over_off": 1 - bits["on"] / bits["off"],
             "gain_random_over_off": 1 - bits["random"] / bits["off"],
         }
 
 
 class Scorer:
-    """Holds a checkpoint and scores documents of the validation split.
+    """Holds a checkpoint and scores documents.
 
     Args:
         directory: of the database.
         manifest: the generation to evaluate in, whatever is committed meanwhile.
-        neighbours: file of the neighbours of the validation split.
+        text: the documents, with at least as many neighbours per chunk as are used.
         checkpoint: of the model.
-        num_neighbours: per chunk; None: as many as in training.
+        num_neighbours: per chunk.
         num_threads: for torch.
     """
 
@@ -77,26 +99,23 @@ class Scorer:
         self,
         directory: Path,
         manifest: dict[str, Any],
-        neighbours: Path,
+        text: ScoredText,
         checkpoint: Path,
-        num_neighbours: int | None,
+        num_neighbours: int,
         num_threads: int,
     ) -> None:
         torch.set_num_threads(num_threads)
         self._database = Database(directory, Manifest.from_dict(manifest))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model, _, _ = load_model(checkpoint, self._database.manifest, device)
-        count = self._model.config.num_neighbours if num_neighbours is None else num_neighbours
-        self._num_neighbours = count
-        self._neighbours = neighbours_in(neighbours, self._database, count)
+        self._num_neighbours = num_neighbours
+        self._store = text.open(self._database.chunk_length)
+        self._neighbours = None if text.neighbours is None else first_neighbours(text.neighbours, num_neighbours)
 
     def score(self, mode: RetrievalMode, documents: Sequence[int]) -> tuple[RetrievalMode, BitsPerByte]:
-        store = self._database.validation
-        if store is None:
-            raise DatabaseError("the database has no validation split")
         score = score_documents(
             self._model,
-            store,
+            self._store,
             self._database,
             documents,
             mode=mode,
@@ -110,6 +129,7 @@ def evaluate(
     home: Path,
     run: str = "default",
     *,
+    corpus: CorpusConfig | None = None,
     num_neighbours: int | None = None,
     max_chunks: int | None = None,
     num_workers: int | None = None,
@@ -121,53 +141,72 @@ def evaluate(
     Args:
         home: of the database and the run.
         run: its name.
+        corpus: documents to score, which need not be in any database. Default: the validation split.
         num_neighbours: per chunk. Default: as many as in training.
         max_chunks: score about so many chunks, of documents chosen at random. Default: all.
         num_workers: actors. Default: one per GPU, else one per CPU.
 
     Raises:
         DatabaseError: the database has no validation split.
+        InputError: the corpus does not exist, or holds no document.
         CheckpointError: the run has no checkpoint.
-        MismatchError: checkpoint and database do not belong together.
+        ConfigError: fewer neighbours are stored with the validation split.
+        MismatchError: checkpoint and database, or embedder and database, do not belong together.
     """
     database = Database.open(home)
     folder, meta = find_checkpoint(run_directory(home, run))
     require_match(meta, database.manifest)
-    store = database.validation
-    if store is None:
-        raise DatabaseError(
-            f"the database in {database.directory} has no validation split: build it with a larger --validation-share, "
-            "or from more documents"
+    count = meta.config.model.num_neighbours if num_neighbours is None else num_neighbours
+    with _scored_text(home, database, corpus, count) as text:
+        store = text.open(database.chunk_length)
+        documents = choose_documents(store, max_chunks if max_chunks is not None else store.num_chunks)
+        tasks = [(mode, part) for part in document_groups(documents, store.document_num_chunks) for mode in MODES]
+        settings = (database.directory, database.manifest.to_dict(), text, folder, count, 1)
+        sums: dict[RetrievalMode, list[BitsPerByte]] = {mode: [] for mode in MODES}
+        results = _pool(settings, num_workers).map_unordered(lambda scorer, task: scorer.score.remote(*task), tasks)
+        for mode, score in progress_bar(len(tasks), "evaluate", iterable=results):
+            sums[mode].append(score)
+        return Evaluation(
+            input=None if corpus is None else corpus.input,
+            checkpoint=folder,
+            step=meta.step,
+            database_version=database.manifest.version,
+            database_generation=database.manifest.generation,
+            num_neighbours=count,
+            num_documents=len(documents),
+            num_chunks=int(store.document_num_chunks[documents].sum()),
+            num_words=count_document_words(database, store, documents),
+            scores={mode: _total(parts) for mode, parts in sums.items()},
         )
-    documents = choose_documents(store, max_chunks if max_chunks is not None else store.num_chunks)
+
+
+def _pool(settings: tuple[Any, ...], num_workers: int | None) -> ActorPool:
+    """Actors that are each a Scorer."""
     num_gpus = num_cluster_gpus()
     num_workers = num_workers or num_gpus or num_free_cpus()
     actor = ray.remote(num_cpus=0 if num_gpus else 0.9, num_gpus=1 if num_gpus else 0)(Scorer)
     actor = actor.options(runtime_env={"env_vars": FAST_ALLOCATOR_ENV})
-    manifest = database.manifest.to_dict()
-    settings = (database.directory, manifest, current_neighbours(database, store), folder, num_neighbours, 1)
-    pool = ActorPool([actor.remote(*settings) for _ in range(num_workers)])
-    tasks = [(mode, part) for part in _parts(documents, store.document_num_chunks) for mode in MODES]
-    sums: dict[RetrievalMode, list[BitsPerByte]] = {mode: [] for mode in MODES}
-    results = pool.map_unordered(lambda scorer, task: scorer.score.remote(*task), tasks)
-    for mode, score in progress_bar(len(tasks), "evaluate", iterable=results):
-        sums[mode].append(score)
-    return Evaluation(
-        checkpoint=folder,
-        step=meta.step,
-        database_version=database.manifest.version,
-        database_generation=database.manifest.generation,
-        num_neighbours=num_neighbours if num_neighbours is not None else meta.config.model.num_neighbours,
-        num_documents=len(documents),
-        num_chunks=int(store.document_num_chunks[documents].sum()),
-        scores={mode: _total(parts) for mode, parts in sums.items()},
-    )
+    return ActorPool([actor.remote(*settings) for _ in range(num_workers)])
 
 
-def _parts(documents: np.ndarray, num_chunks: np.ndarray) -> list[np.ndarray]:
-    """Documents in groups of about 512 chunks."""
-    group = np.cumsum(num_chunks[documents]) // _CHUNKS_PER_TASK
-    return [documents[group == number] for number in np.unique(group)]
+@contextmanager
+def _scored_text(
+    home: Path, database: Database, corpus: CorpusConfig | None, num_neighbours: int
+) -> Iterator[ScoredText]:
+    """The documents to score, where every worker can read them."""
+    if corpus is None:
+        yield validation_text(database, num_neighbours)
+        return
+    reader = CorpusReader(corpus)
+    chunked = (chunk_document(document, database.tokenizer, database.chunk_length) for document in reader)
+    (home / "cache").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="evaluation-input-", dir=home / "cache") as folder:
+        search = NeighbourSearch(database, open_embedder(database))
+        text = write_own_text(Path(folder), chunked, database, search, num_neighbours)
+        if reader.skipped:
+            first = reader.skipped[0]
+            logger.warning("%d records skipped; first: %s: %s", len(reader.skipped), first.source, first.reason)
+        yield text
 
 
 def _total(parts: Sequence[BitsPerByte]) -> BitsPerByte:
@@ -176,4 +215,6 @@ def _total(parts: Sequence[BitsPerByte]) -> BitsPerByte:
         math.fsum(part.nats for part in parts),
         sum(part.num_tokens for part in parts),
         sum(part.num_bytes for part in parts),
+        sum(part.num_last_tokens for part in parts),
+        sum(part.num_last_right for part in parts),
     )

@@ -98,17 +98,7 @@ class ChunkRetriever:
         Raises:
             MismatchError: the embedder of that name has other weights here.
         """
-        from retro_ray.embedding import ChunkEmbedder
-
-        manifest = database.manifest
-        embedder = ChunkEmbedder(manifest.embedder_name, device=device)
-        if embedder.fingerprint != manifest.embedder_fingerprint:
-            raise MismatchError(
-                f"the embedder {manifest.embedder_name} here has fingerprint {embedder.fingerprint}, the database in "
-                f"{database.directory} was built with {manifest.embedder_fingerprint}: install that one, or rebuild "
-                "the database with jobs/index.py"
-            )
-        return cls(database.tokenizer, embedder, retriever)
+        return cls(database.tokenizer, open_embedder(database, device), retriever)
 
     def retrieve_texts(self, texts: Sequence[str], k: int, rerank: RerankMethod | None = None) -> NeighbourSet:
         """The `k` neighbours of each text; `rerank` as in Retriever.search."""
@@ -122,3 +112,22 @@ class ChunkRetriever:
         """The `k` neighbours of each chunk of token ids; `rerank` as in Retriever.search."""
         keys = self._embedder.embed(self.tokenizer.decode_batch(chunks))
         return self._retriever.search(keys, k, chunks, rerank)
+
+
+def open_embedder(database: Database, device: str | torch.device | None = None) -> ChunkEmbedder:
+    """The embedder that `database` was built with.
+
+    Raises:
+        MismatchError: the embedder of that name has other weights here.
+    """
+    from retro_ray.embedding import ChunkEmbedder
+
+    manifest = database.manifest
+    embedder = ChunkEmbedder(manifest.embedder_name, device=device)
+    if embedder.fingerprint != manifest.embedder_fingerprint:
+        raise MismatchError(
+            f"the embedder {manifest.embedder_name} here has fingerprint {embedder.fingerprint}, the database in "
+            f"{database.directory} was built with {manifest.embedder_fingerprint}: install that one, or rebuild "
+            "the database with jobs/index.py"
+        )
+    return embedder

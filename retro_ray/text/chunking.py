@@ -45,24 +45,31 @@ def chunk_document(document: Document, tokenizer: TextTokenizer, chunk_length: i
     token alone, which then stands for all the bytes there are.
     """
     ids, id_bytes = tokenizer.encode_with_bytes(document.text)
-    num_tokens = 1 + len(ids)
-    num_chunks = -(-num_tokens // chunk_length)
-    tokens = np.zeros(num_chunks * chunk_length, np.int64)
-    token_bytes = np.zeros_like(tokens)
-    tokens[0] = tokenizer.bos_id
-    tokens[1:num_tokens] = ids
-    token_bytes[1:num_tokens] = id_bytes
-    if len(ids) == 0:
-        token_bytes[0] = len(document.text.encode("utf-8"))
+    start_bytes = 0 if len(ids) else len(document.text.encode("utf-8"))
+    tokens = np.concatenate([[tokenizer.bos_id], ids])
+    return chunk_tokens(document, tokens, np.concatenate([[start_bytes], id_bytes]), chunk_length)
+
+
+def chunk_tokens(document: Document, tokens: np.ndarray, num_bytes: np.ndarray, chunk_length: int) -> ChunkedDocument:
+    """Cut a document that is tokens already.
+
+    Args:
+        document: what to call it; its text is not looked at.
+        tokens: int64 [n], the document-start token first.
+        num_bytes: int64 [n]: UTF-8 bytes of text that each token stands for.
+        chunk_length: m.
+    """
+    num_chunks = -(-len(tokens) // chunk_length)
+    padding = (0, num_chunks * chunk_length - len(tokens))
     lengths = np.full(num_chunks, chunk_length, np.int64)
-    lengths[-1] = num_tokens - (num_chunks - 1) * chunk_length
+    lengths[-1] -= padding[1]
     return ChunkedDocument(
         id=document.id,
         title=document.title,
         source=document.source,
-        tokens=tokens.reshape(num_chunks, chunk_length),
+        tokens=np.pad(tokens, padding).reshape(num_chunks, chunk_length),
         lengths=lengths,
-        num_bytes=token_bytes.reshape(num_chunks, chunk_length).sum(axis=1),
+        num_bytes=np.pad(num_bytes, padding).reshape(num_chunks, chunk_length).sum(axis=1),
     )
 
 

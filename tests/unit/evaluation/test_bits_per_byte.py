@@ -15,8 +15,10 @@ from retro_ray.evaluation.bits_per_byte import (
     BitsPerByte,
     _windows,
     choose_documents,
+    last_tokens,
     score_chunks,
     score_documents,
+    score_tokens,
 )
 from retro_ray.model.retro import RetroModel
 from tests.fakes import tiny_run_config, write_tiny_database
@@ -241,3 +243,70 @@ def test_documents_are_chosen_always_alike_until_there_are_chunks_enough(store):
     assert choose_documents(store, 10**9).tolist() == list(range(store.num_documents))
     assert choose_documents(store, 0).tolist() == []
     assert any(choose_documents(store, 20, seed).tolist() != chosen.tolist() for seed in range(1, 5))
+
+
+def test_tokens_one_by_one(database, store):
+    """Position, nats, and whether the model found no other token likelier, against the table itself."""
+    model, m = bigram_model(database), store.chunk_length
+    documents = [5, 2, 9]
+    scores = score_tokens(model, store, database, documents, mode="off", precision="fp32")
+    want = []
+    for document in sorted(documents):
+        start = store.document_rows(document)[0] * m
+        for t, (before, token) in enumerate(itertools.pairwise(text_tokens(store, document))):
+            row = model.table_VV[before]
+            want.append((start + t + 1, -row[token].item(), bool(row[token] == row.max())))
+    assert scores.positions.tolist() == [position for position, _, _ in want]
+    assert scores.nats == pytest.approx([nats for _, nats, _ in want], rel=1e-5)
+    assert scores.is_likeliest.tolist() == [likeliest for _, _, likeliest in want]
+
+
+@pytest.mark.parametrize("num_chunks", [1, 3, 4])
+def test_some_tokens_alone_score_as_they_do_among_all(database, store, num_chunks):
+    config = dataclasses.replace(tiny_run_config(database).model, num_chunks=num_chunks)
+    torch.manual_seed(0)
+    model = RetroModel(config)
+    documents = choose_documents(store, 10**9)
+    whole = score_tokens(model, store, database, documents, mode="on", precision="fp32")
+    only = np.zeros(store.num_chunks * store.chunk_length, bool)
+    chosen = np.random.default_rng(1).choice(len(whole.positions), size=9, replace=False)
+    only[whole.positions[chosen]] = True
+    some = score_tokens(model, store, database, documents, mode="on", precision="fp32", only=only)
+    kept = only[whole.positions]
+    assert some.positions.tolist() == whole.positions[kept].tolist()
+    assert some.nats == pytest.approx(whole.nats[kept], rel=1e-5)
+    assert some.is_likeliest.tolist() == whole.is_likeliest[kept].tolist()
+
+
+def test_no_window_is_read_that_scores_nothing_asked_for(database, store):
+    model, document = bigram_model(database, num_chunks=2), int(store.document_num_chunks.argmax())
+    only = np.zeros(store.num_chunks * store.chunk_length, bool)
+    only[last_tokens(store, [document])] = True
+    scores = score_tokens(model, store, database, [document], mode="off", precision="fp32", only=only)
+    assert len(scores.nats) == 1
+    assert len(model.calls) == 1
+    assert len(model.calls[0]["tokens_BT"]) == 1
+
+
+def test_last_tokens_that_the_model_gets_right(database, store):
+    model = bigram_model(database)
+    documents = range(store.num_documents)
+    ends = [text_tokens(store, document)[-2:] for document in documents]
+    known = ends[::2]
+    with torch.no_grad():
+        for before, last in known:
+            model.table_VV[before, last] = 50
+    score = score_documents(model, store, database, documents, mode="off", precision="fp32")
+    right = sum(bool(model.table_VV[before].argmax() == last) for before, last in ends)
+    assert right >= len({tuple(end) for end in known}) / 2
+    assert (score.num_last_tokens, score.num_last_right) == (store.num_documents, right)
+    assert score.last_token_accuracy == right / store.num_documents
+
+
+def test_perplexities_are_of_the_same_nats():
+    score = BitsPerByte(nats=math.log(8) * 10, num_tokens=10, num_bytes=40)
+    assert score.token_perplexity == pytest.approx(8)
+    assert score.word_perplexity(5) == pytest.approx(64)
+    assert score.value == pytest.approx(30 / 40)
+    assert all(map(math.isnan, (BitsPerByte().token_perplexity, BitsPerByte().word_perplexity(0))))
+    assert math.isnan(BitsPerByte().last_token_accuracy)

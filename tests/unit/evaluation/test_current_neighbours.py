@@ -8,8 +8,9 @@ import pytest
 
 from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.store import Database
-from retro_ray.errors import ConfigError
-from retro_ray.evaluation.current_neighbours import current_neighbours, neighbours_in
+from retro_ray.errors import ConfigError, DatabaseError
+from retro_ray.evaluation.current_neighbours import validation_text
+from retro_ray.evaluation.own_text import first_neighbours
 from tests.unit.database.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
 
 HELD_OUT = document("held out")
@@ -25,8 +26,9 @@ def opened(home: Path) -> tuple[Database, Path, np.ndarray]:
     """The database now, the file of its validation neighbours, and what it says."""
     database = Database.open(home)
     assert database.validation is not None
-    path = current_neighbours(database, database.validation)
-    return database, path, neighbours_in(path, database, 2)(np.arange(database.validation.num_chunks))
+    path = validation_text(database, 2).neighbours
+    assert path is not None
+    return database, path, first_neighbours(path, 2)(np.arange(database.validation.num_chunks))
 
 
 def test_without_edits_the_stored_ones_are_used(home: Path) -> None:
@@ -66,6 +68,11 @@ def test_after_edits_they_are_searched_again_once_per_generation(home: Path, cap
 
 
 def test_no_more_neighbours_than_stored(home: Path) -> None:
-    database, path, _ = opened(home)
     with pytest.raises(ConfigError, match=f"the database stores {NUM_NEIGHBOURS}"):
-        neighbours_in(path, database, NUM_NEIGHBOURS + 1)
+        validation_text(Database.open(home), NUM_NEIGHBOURS + 1)
+
+
+def test_a_database_without_a_validation_split_says_how_to_get_one(tmp_path: Path) -> None:
+    database = write_database(tmp_path, [document("only")])
+    with pytest.raises(DatabaseError, match="--validation-share"):
+        validation_text(database, 1)

@@ -1,0 +1,92 @@
+"""What scoring gives: sums over a text, and figures per chunk and per token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """Sums that bits per byte is made of; those of parts add up to that of the whole."""
+
+    nats: float = 0.0
+    """Negative log-likelihood of the text's tokens."""
+    num_tokens: int = 0
+    """Tokens scored."""
+    num_bytes: int = 0
+    """UTF-8 bytes of the text they stand for."""
+    num_last_tokens: int = 0
+    """Documents whose last token was scored."""
+    num_last_right: int = 0
+    """Those of them whose last token the model found likeliest."""
+
+    def __add__(self, other: BitsPerByte) -> BitsPerByte:
+        return BitsPerByte(
+            self.nats + other.nats,
+            self.num_tokens + other.num_tokens,
+            self.num_bytes + other.num_bytes,
+            self.num_last_tokens + other.num_last_tokens,
+            self.num_last_right + other.num_last_right,
+        )
+
+    @property
+    def value(self) -> float:
+        """Bits per byte; NaN where there was no text."""
+        return self.nats / (math.log(2) * self.num_bytes) if self.num_bytes else math.nan
+
+    @property
+    def token_perplexity(self) -> float:
+        """Of tokens, which depends on the tokenizer; NaN where there were none."""
+        return math.exp(self.nats / self.num_tokens) if self.num_tokens else math.nan
+
+    def word_perplexity(self, num_words: int) -> float:
+        """Of words, which does not: for a text of so many."""
+        return math.exp(self.nats / num_words) if num_words else math.nan
+
+    @property
+    def last_token_accuracy(self) -> float:
+        """Share of the documents whose last token the model found likeliest (paper, section 4.1: LAMBADA)."""
+        return self.num_last_right / self.num_last_tokens if self.num_last_tokens else math.nan
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model made of the tokens of some documents, in the order of `positions`."""
+
+    positions: np.ndarray
+    """int64 [n], ascending: of a token in the store, row of its chunk x m + place in the chunk."""
+    nats: np.ndarray
+    """float64 [n]: negative log-likelihood."""
+    is_likeliest: np.ndarray
+    """bool [n]: whether no other token was likelier."""
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[TokenScores]) -> TokenScores:
+        """The tokens of several, put in order."""
+        positions = np.concatenate([np.empty(0, np.int64), *(part.positions for part in parts)])
+        nats = np.concatenate([np.empty(0), *(part.nats for part in parts)])
+        is_likeliest = np.concatenate([np.empty(0, bool), *(part.is_likeliest for part in parts)])
+        order = np.argsort(positions)
+        return cls(positions[order], nats[order], is_likeliest[order])
+
+
+@dataclass(frozen=True)
+class ChunkScores:
+    """The same sums for every chunk of some documents, in the order of `rows`."""
+
+    rows: np.ndarray
+    """int64 [n]: rows of the chunk store."""
+    nats: np.ndarray
+    """float64 [n]: of the chunk's own tokens, whichever position predicted them."""
+    num_tokens: np.ndarray
+    """int64 [n]."""
+    num_bytes: np.ndarray
+    """int64 [n]."""
+
+    @property
+    def total(self) -> BitsPerByte:
+        return BitsPerByte(float(self.nats.sum()), int(self.num_tokens.sum()), int(self.num_bytes.sum()))
