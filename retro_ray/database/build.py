@@ -23,7 +23,6 @@ import numpy as np
 import ray
 
 from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig
-from retro_ray.database import survey as surveys
 from retro_ray.database.assemble import assemble_partition
 from retro_ray.database.build_plan import plan_build
 from retro_ray.database.chunk_units import unit_is_finished
@@ -45,8 +44,8 @@ from retro_ray.database.format import (
     database_directory,
 )
 from retro_ray.database.keys import sample_keys
-from retro_ray.database.reading import refuse_empty_corpus
 from retro_ray.database.split import VALIDATION, Split
+from retro_ray.database.survey import MAX_SAMPLE_BYTES, CorpusSurvey, survey_path
 from retro_ray.database.tasks import (
     count_tokens,
     fill_shard,
@@ -114,19 +113,20 @@ class DatabaseBuilder:
                 return manifest
             base = committed(self._directory)
             with self._stage("survey"):
-                hashes, skipped = self._survey(units)
-            split = Split.of(hashes, self._num_shards(units), self._config.validation_share, self._config.seed)
+                survey = self._survey(units)
+            num_shards = self._num_shards(units)
+            split = Split.of(survey.hashes, num_shards, self._config.validation_share, self._config.seed)
             with self._stage("tokenizer"):
-                tokenizer = self._prepare_tokenizer(units)
+                tokenizer = self._prepare_tokenizer(survey)
             with self._stage("embed"):
-                self._chunk_and_embed(units, split, tokenizer)
+                self._chunk_and_embed(units, survey, split, tokenizer)
             with self._stage("assemble"):
                 partitions = self._assemble(units, split, tokenizer)
             with self._stage("index"):
-                manifest = self._index(partitions, tokenizer, skipped)
+                manifest = self._index(partitions, tokenizer, survey.skipped)
             with self._stage("neighbours"):
                 manifest = self._find_neighbours(manifest)
-            return self._commit(manifest, base, skipped)
+            return self._commit(manifest, base, survey.skipped)
 
     @property
     def _build(self) -> Path:
@@ -200,32 +200,27 @@ class DatabaseBuilder:
             return self._config.num_shards
         return _MIN_SHARDS + sum(unit.size_bytes for unit in units) // _BYTES_PER_SHARD
 
-    def _survey(self, units: list[ReadUnit]) -> tuple[np.ndarray, list[SkippedRecord]]:
-        """Hashes of all document ids, uint64 [n], and what cannot be read."""
+    def _survey(self, units: list[ReadUnit]) -> CorpusSurvey:
+        """Read all of the input once, before anything costly is done."""
         folder = self._work / "survey"
         folder.mkdir(exist_ok=True)
-        num_bytes = sum(unit.size_bytes for unit in units)
-        share = min(1.0, surveys.MAX_SAMPLE_BYTES / max(1, num_bytes))
-        todo = [unit for unit in units if not surveys.survey_path(folder, unit.index).exists()]
+        share = min(1.0, MAX_SAMPLE_BYTES / max(1, sum(unit.size_bytes for unit in units)))
+        todo = [unit for unit in units if not survey_path(folder, unit.index).exists()]
         task = ray.remote(survey_to_disk)
         for _ in run_tasks(task, [(unit, self._corpus, share, folder) for unit in todo], "read"):
             pass
-        summaries = [json.loads(surveys.survey_path(folder, unit.index).read_text()) for unit in units]
-        skipped = [SkippedRecord(**record) for summary in summaries for record in summary["skipped"]]
-        num_documents = sum(summary["num_documents"] for summary in summaries)
-        refuse_empty_corpus(skipped, num_documents, self._corpus)
-        hashes = [surveys.read_hashes(folder, unit.index) for unit in units]
-        surveys.refuse_doubled_ids(hashes, units, self._corpus)
-        self._num_text_bytes = sum(summary["num_bytes"] for summary in summaries)
-        logger.info("%d documents, %.1f MB, %d skipped", num_documents, self._num_text_bytes / 1e6, len(skipped))
-        return np.concatenate(hashes), skipped
+        survey = CorpusSurvey.read(folder, units, self._corpus)
+        logger.info(
+            "%d documents, %.1f MB, %d skipped", survey.num_documents, survey.num_bytes / 1e6, len(survey.skipped)
+        )
+        return survey
 
-    def _prepare_tokenizer(self, units: list[ReadUnit]) -> TextTokenizer:
+    def _prepare_tokenizer(self, survey: CorpusSurvey) -> TextTokenizer:
         if self._tokenizer_folder.exists():
             return TextTokenizer.load(self._tokenizer_folder)
         name = self._config.tokenizer
         if name.startswith("train:"):
-            tokenizer = train_tokenizer(self._sample(units), int(name.removeprefix("train:")), name)
+            tokenizer = train_tokenizer(survey.sample(), int(name.removeprefix("train:")), name)
         else:
             tokenizer = load_tokenizer(name)
         unfinished = self._work / "tokenizer"
@@ -233,20 +228,12 @@ class DatabaseBuilder:
         unfinished.rename(self._tokenizer_folder)
         return tokenizer
 
-    def _sample(self, units: list[ReadUnit]) -> Iterator[str]:
-        num_bytes = 0
-        for unit in units:
-            for text in surveys.read_sample(self._work / "survey", unit.index):
-                num_bytes += len(text.encode())
-                if num_bytes > surveys.MAX_SAMPLE_BYTES:
-                    return
-                yield text
-
-    def _chunk_and_embed(self, units: list[ReadUnit], split: Split, tokenizer: TextTokenizer) -> None:
+    def _chunk_and_embed(
+        self, units: list[ReadUnit], survey: CorpusSurvey, split: Split, tokenizer: TextTokenizer
+    ) -> None:
         todo = [unit for unit in units if not unit_is_finished(self._pages, unit.index)]
         if not todo:
             return
-        bytes_per_chunk = self._config.chunk_length * self._bytes_per_token(units, tokenizer)
         embed_units(
             todo,
             self._corpus,
@@ -254,16 +241,11 @@ class DatabaseBuilder:
             split,
             pages=self._pages,
             tokenizer_folder=self._tokenizer_folder,
-            num_chunks=int(self._num_text_bytes / bytes_per_chunk),
+            num_chunks=survey.estimate_chunks(tokenizer, self._config.chunk_length),
         )
         unfinished = [unit.index for unit in units if not unit_is_finished(self._pages, unit.index)]
         if unfinished:
             raise DatabaseError(f"units {unfinished[:10]} were not embedded completely: start the job again to go on")
-
-    def _bytes_per_token(self, units: list[ReadUnit], tokenizer: TextTokenizer) -> float:
-        """From a little of the text, for the length of the progress bar."""
-        text = next(self._sample(units), "")[:100_000]
-        return len(text.encode()) / max(1, len(tokenizer.encode(text))) if text else 4.0
 
     def _assemble(self, units: list[ReadUnit], split: Split, tokenizer: TextTokenizer) -> list[Partition]:
         """Partitions with chunks, the shards first and numbered by chunk_id_base."""

@@ -6,6 +6,8 @@ embedding) and keeps a random sample of texts (to train the tokenizer on).
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,14 +17,16 @@ import pyarrow.parquet as pq
 
 from retro_ray.config import CorpusConfig
 from retro_ray.database.format import write_json_atomically
-from retro_ray.database.reading import chosen_records
+from retro_ray.database.reading import chosen_records, refuse_empty_corpus
 from retro_ray.database.split import document_hash
 from retro_ray.errors import InputError
 from retro_ray.text.corpus import ReadUnit, SkippedRecord
+from retro_ray.text.tokenizer import TextTokenizer
 
 MAX_SAMPLE_BYTES = 32 << 20
 """Text that the tokenizer is trained on, over all units; more does not change its entries much."""
 _MAX_SAMPLE_TEXT = 1 << 20
+_MAX_ESTIMATE_TEXT = 100_000
 
 
 @dataclass
@@ -84,6 +88,52 @@ def read_hashes(directory: Path, unit: int) -> np.ndarray:
 def read_sample(directory: Path, unit: int) -> list[str]:
     """Texts of a surveyed unit to train the tokenizer on."""
     return pq.read_table(directory / f"unit-{unit:06d}.sample.parquet")["text"].to_pylist()
+
+
+@dataclass
+class CorpusSurvey:
+    """What the surveys of all units say together."""
+
+    hashes: np.ndarray
+    """uint64 [num_documents], of all ids."""
+    skipped: list[SkippedRecord]
+    num_documents: int
+    num_bytes: int
+    """UTF-8 bytes of text."""
+    _folder: Path
+    _num_units: int
+
+    @classmethod
+    def read(cls, folder: Path, units: list[ReadUnit], config: CorpusConfig) -> CorpusSurvey:
+        """From the files of all units.
+
+        Raises:
+            InputError: there are no documents, or two have the same id.
+        """
+        summaries = [json.loads(survey_path(folder, unit.index).read_text()) for unit in units]
+        skipped = [SkippedRecord(**record) for summary in summaries for record in summary["skipped"]]
+        num_documents = sum(summary["num_documents"] for summary in summaries)
+        refuse_empty_corpus(skipped, num_documents, config)
+        hashes = [read_hashes(folder, unit.index) for unit in units]
+        refuse_doubled_ids(hashes, units, config)
+        num_bytes = sum(summary["num_bytes"] for summary in summaries)
+        return cls(np.concatenate(hashes), skipped, num_documents, num_bytes, folder, len(units))
+
+    def sample(self) -> Iterator[str]:
+        """Texts to train the tokenizer on."""
+        num_bytes = 0
+        for unit in range(self._num_units):
+            for text in read_sample(self._folder, unit):
+                num_bytes += len(text.encode())
+                if num_bytes > MAX_SAMPLE_BYTES:
+                    return
+                yield text
+
+    def estimate_chunks(self, tokenizer: TextTokenizer, chunk_length: int) -> int:
+        """About how many chunks there will be, from a little of the text."""
+        text = next(self.sample(), "")[:_MAX_ESTIMATE_TEXT]
+        bytes_per_token = len(text.encode()) / max(1, len(tokenizer.encode(text))) if text else 4.0
+        return int(self.num_bytes / (chunk_length * bytes_per_token))
 
 
 def refuse_doubled_ids(hashes_by_unit: list[np.ndarray], units: list[ReadUnit], config: CorpusConfig) -> None:
