@@ -69,6 +69,10 @@ class DatabaseConfig:
     """Neighbours stored for every chunk; training uses the first few of them."""
     validation_share: float = 0.05
     """Share of the documents, by a hash of their id, held out of the database for validation."""
+    target_recall: float = 0.95
+    """Share of the exact 10 nearest neighbours that the index is to find; 1 searches exactly, however slowly."""
+    bytes_per_chunk: int | None = None
+    """Most memory that an index may take per chunk, its keys not counted. Default: any."""
     seed: int = 0
     """Of the held-out choice and of the index training sample."""
     rerank: RerankMethod = "none"
@@ -83,6 +87,13 @@ class DatabaseConfig:
         _require(self.num_shards is None or self.num_shards >= 1, "--num-shards", self.num_shards, "at least 1")
         _require(self.num_neighbours >= 1, "--num-neighbours", self.num_neighbours, "at least 1")
         _require(0 <= self.validation_share < 1, "--validation-share", self.validation_share, "0 or more, under 1")
+        _require(0 < self.target_recall <= 1, "--target-recall", self.target_recall, "above 0, at most 1")
+        _require(
+            self.bytes_per_chunk is None or self.bytes_per_chunk >= 1,
+            "--bytes-per-chunk",
+            self.bytes_per_chunk,
+            "at least 1",
+        )
         _require(0 <= self.seed < 1 << 64, "--seed", self.seed, "0 or more, under 2**64")
         if self.tokenizer.startswith("train:"):
             size = self.tokenizer.removeprefix("train:")

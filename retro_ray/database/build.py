@@ -43,7 +43,13 @@ from retro_ray.database.format import (
     Partition,
     database_directory,
 )
-from retro_ray.database.keys import sample_keys
+from retro_ray.database.index_choice import (
+    IndexAims,
+    IndexChoice,
+    choose_search,
+    is_searched_exactly,
+    train_codec,
+)
 from retro_ray.database.split import VALIDATION, Split
 from retro_ray.database.survey import MAX_SAMPLE_BYTES, CorpusSurvey, survey_path
 from retro_ray.database.tasks import (
@@ -56,7 +62,6 @@ from retro_ray.database.tasks import (
 )
 from retro_ray.database.token_statistics import write_token_statistics
 from retro_ray.errors import DatabaseError
-from retro_ray.index.build import choose_index, num_training_keys, train_index, write_index
 from retro_ray.ray_session import run_tasks
 from retro_ray.retrieval.shard_actor import refresh_shard_actors, stop_shard_actors
 from retro_ray.text.corpus import ReadUnit, SkippedRecord
@@ -269,10 +274,7 @@ class DatabaseBuilder:
         shards = tuple(partition for partition in partitions if partition.name != VALIDATION)
         validation = next((partition for partition in partitions if partition.name == VALIDATION), None)
         num_chunks = sum(shard.num_chunks for shard in shards)
-        spec = choose_index(num_chunks, self._key_dim)
-        codec = self._build / "codec.faiss"
-        if not spec.is_exact:
-            self._build_indexes(spec, codec, shards)
+        choice = self._build_indexes(shards, validation)
         manifest = Manifest(
             build=self._build_id,
             chunk_length=self._config.chunk_length,
@@ -282,7 +284,8 @@ class DatabaseBuilder:
             embedder_name=self._config.embedder,
             embedder_fingerprint=self._embedder_fingerprint,
             key_dim=self._key_dim,
-            index=spec,
+            index=choice.spec,
+            index_curve=choice.curve,
             num_neighbours=self._config.num_neighbours,
             rerank=self._config.rerank,
             num_rerank_candidates=self._config.num_rerank_candidates,
@@ -290,7 +293,7 @@ class DatabaseBuilder:
             num_shards=len(shards),
             segments=shards,
             next_chunk_id=num_chunks,
-            codec=None if spec.is_exact else f"{self._build_id}/codec.faiss",
+            codec=None if choice.spec.is_exact else f"{self._build_id}/codec.faiss",
             validation=validation,
             files={},
             settings={"corpus": dataclasses.asdict(self._corpus), "database": dataclasses.asdict(self._config)},
@@ -305,16 +308,24 @@ class DatabaseBuilder:
             paths.append(manifest.token_statistics)
         return dataclasses.replace(manifest, files=self._checksums(paths))
 
-    def _build_indexes(self, spec: IndexSpec, codec: Path, shards: tuple[Partition, ...]) -> None:
-        """Train the codec on keys of all shards, and encode each shard's keys."""
-        if not codec.exists():
-            num_keys = num_training_keys(spec, sum(shard.num_chunks for shard in shards))
-            sample = sample_keys([self._directory / shard.keys for shard in shards], num_keys, self._config.seed)
-            write_index(train_index(spec, self._key_dim, sample), codec)
+    def _build_indexes(self, shards: tuple[Partition, ...], validation: Partition | None) -> IndexChoice:
+        """Choose the index, train its codec on keys of all shards, encode each shard's keys, tune the search."""
+        aims = IndexAims(self._config.target_recall, self._config.bytes_per_chunk, self._config.seed)
+        if is_searched_exactly(sum(shard.num_chunks for shard in shards), self._key_dim, aims.target_recall):
+            return IndexChoice(IndexSpec(factory="Flat"))
+        codec, family, tuned = self._build / "codec.faiss", self._work / "family.json", self._work / "index.json"
+        common = (self._directory, shards, validation, aims, codec)
+        if not family.exists():
+            for choice in run_tasks(ray.remote(train_codec), [common], "choose index"):
+                choice.write(family)
         todo = [(codec, self._directory / shard.keys, self._directory / shard.index) for shard in shards]
         todo = [paths for paths in todo if not paths[-1].exists()]
         for _ in run_tasks(ray.remote(fill_shard), todo, "index"):
             pass
+        if not tuned.exists():
+            for choice in run_tasks(ray.remote(choose_search), [(*common, IndexChoice.read(family))], "tune index"):
+                choice.write(tuned)
+        return IndexChoice.read(tuned)
 
     def _count_tokens(self, shards: tuple[Partition, ...], tokenizer: TextTokenizer) -> str:
         """Write in how many chunks each token occurs; returns the file's name."""

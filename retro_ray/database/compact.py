@@ -9,15 +9,15 @@ import numpy as np
 import pyarrow as pa
 
 from retro_ray.database.edit_index import index_segment, store_neighbours
-from retro_ray.database.format import Partition
-from retro_ray.database.keys import sample_keys, write_keys
+from retro_ray.database.format import IndexSpec, Partition
+from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search, is_searched_exactly, train_codec
+from retro_ray.database.keys import write_keys
 from retro_ray.database.segment_writer import SegmentWriter, chunk_rows
 from retro_ray.database.split import shard_name
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.database.token_statistics import num_holding, write_token_statistics
 from retro_ray.database.transaction import Transaction
 from retro_ray.errors import DatabaseError
-from retro_ray.index.build import choose_index, num_training_keys, train_index, write_index
 
 _ROWS_PER_BLOCK = 1 << 14
 _SEED = 0
@@ -72,9 +72,7 @@ def compact_segments(edit: Transaction, num_shards: int) -> None:
     for segment in segments:
         edit.add_files(segment.chunks, segment.documents, segment.ids, segment.keys)
     _count_tokens(edit, segments)
-    _train(edit, segments)
-    for segment in segments:
-        index_segment(edit, segment)
+    _index(edit, segments)
     store_neighbours(edit, [*segments, *([base.validation] if base.validation else [])])
 
 
@@ -127,16 +125,19 @@ def _chunks(run: _Run, vocab_size: int) -> Iterator[pa.Table]:
         yield chunk_rows(store.tokens(rows), store.lengths(rows), store.num_bytes(rows), vocab_size)
 
 
-def _train(edit: Transaction, segments: Sequence[Partition]) -> None:
-    """Choose the index anew, and train its codec on keys of all shards."""
-    base = edit.base
-    num_chunks = sum(segment.num_chunks for segment in segments)
-    spec = choose_index(num_chunks, base.key_dim)
-    codec = None
-    if not spec.is_exact:
-        codec = f"{edit.folder}/codec.faiss"
-        paths = [edit.directory / segment.keys for segment in segments]
-        sample = sample_keys(paths, num_training_keys(spec, num_chunks), _SEED)
-        write_index(train_index(spec, base.key_dim, sample), edit.directory / codec)
-        edit.add_files(codec)
-    edit.replace(index=spec, codec=codec)
+def _index(edit: Transaction, segments: Sequence[Partition]) -> None:
+    """Choose the index anew, train its codec on keys of all shards, and encode them."""
+    base, settings = edit.base, edit.base.settings.get("database", {})
+    aims = IndexAims(settings.get("target_recall", 0.95), settings.get("bytes_per_chunk"), _SEED)
+    if is_searched_exactly(sum(segment.num_chunks for segment in segments), base.key_dim, aims.target_recall):
+        edit.replace(index=IndexSpec(factory="Flat"), index_curve=(), codec=None)
+        return
+    codec = f"{edit.folder}/codec.faiss"
+    common = (edit.directory, segments, base.validation, aims, edit.directory / codec)
+    family: IndexChoice = train_codec(*common)
+    edit.add_files(codec)
+    edit.replace(codec=codec)
+    for segment in segments:
+        index_segment(edit, segment)
+    choice = choose_search(*common, family)
+    edit.replace(index=choice.spec, index_curve=choice.curve)

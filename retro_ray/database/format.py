@@ -169,6 +169,25 @@ class IndexSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """What one setting of an index was measured to give, on held-out queries."""
+
+    factory: str
+    nprobe: int
+    refine_factor: float
+    num_chunks: int
+    """Keys that were searched: a sample of the database's, or all of them."""
+    recall: float
+    """Share of the 10 exact nearest neighbours that are found."""
+    lower_recall: float
+    """What it is at least, with a probability of 95 %."""
+    queries_per_s: float
+    """In batches, on the machine that built the database."""
+    bytes_per_chunk: float
+    """In memory, the keys not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The one file that makes a folder a database."""
 
@@ -183,6 +202,8 @@ class Manifest:
     embedder_fingerprint: str
     key_dim: int
     index: IndexSpec
+    index_curve: tuple[OperatingPoint, ...] = ()
+    """What was measured to choose `index`; none for an exact one."""
     num_neighbours: int
     """Neighbours stored per chunk."""
     rerank: RerankMethod = "none"
@@ -228,7 +249,7 @@ class Manifest:
         """
         content = self.to_dict()
         history = ("stage_seconds", "created", "build", "settings", "generation", "built_generation")
-        for volatile in (*history, "codec", "deleted", "token_statistics"):
+        for volatile in (*history, "index_curve", "codec", "deleted", "token_statistics"):
             content.pop(volatile)
         content["files"] = sorted(
             record["sha256"] for path, record in content["files"].items() if not path.endswith(NEIGHBOURS_NAME)
@@ -280,6 +301,7 @@ class Manifest:
         content = dict(content)
         content.pop("version", None)
         content["index"] = IndexSpec(**content["index"])
+        content["index_curve"] = tuple(OperatingPoint(**point) for point in content["index_curve"])
         content["segments"] = tuple(Partition(**segment) for segment in content["segments"])
         if content["validation"] is not None:
             content["validation"] = Partition(**content["validation"])

@@ -20,7 +20,7 @@ from retro_ray.database.format import IndexSpec
 from retro_ray.index.encoder import transform
 from retro_ray.index.exact import unbatched_distances
 
-MAX_EXACT_CHUNKS = 100_000
+MAX_EXACT_CHUNKS = 60_000
 """Up to here an exact search is fast enough, and needs neither training nor tuning."""
 TRAINING_KEYS_PER_LIST = 64
 """Keys per inverted list that k-means is trained on; FAISS warns under 39 and gains nothing over 256."""
@@ -28,20 +28,9 @@ _MIN_NUM_LISTS = 64
 _WRITE_BYTES = 1 << 24
 
 
-def choose_index(num_chunks: int, dim: int) -> IndexSpec:
-    """The index for a database of `num_chunks` keys.
-
-    Exact for small databases. Above, inverted lists over 4-bit fast-scan product quantization (two
-    dimensions per code), whose candidates are ranked again by their keys.
-    """
-    if num_chunks <= MAX_EXACT_CHUNKS or dim % 2:
-        return IndexSpec(factory="Flat")
-    num_lists = max(_MIN_NUM_LISTS, 2 ** round(math.log2(2 * math.sqrt(num_chunks))))
-    return IndexSpec(
-        factory=f"IVF{num_lists},PQ{dim // 2}x4fs",
-        nprobe=max(16, num_lists // 16),
-        refine_factor=10,
-    )
+def num_lists_for(num_chunks: int) -> int:
+    """Inverted lists of an index over so many keys: about twice the square root, a power of two."""
+    return max(_MIN_NUM_LISTS, 2 ** round(math.log2(2 * math.sqrt(max(1, num_chunks)))))
 
 
 def num_training_keys(spec: IndexSpec, num_chunks: int) -> int:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_ray.database.format import IndexSpec
-from retro_ray.index.build import choose_index, fill_index, num_training_keys, train_index, write_index
+from retro_ray.index.build import fill_index, train_index, write_index
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
 from retro_ray.index.shard import IndexShard
 from tests.unit.index.parts import Parts
@@ -223,26 +223,3 @@ def test_queries_divide_and_join(codec, clustered) -> None:
 
 
 # Which index, and how it is made. -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("num_chunks", "dim", "factory"),
-    [
-        (1, 384, "Flat"),
-        (100_000, 384, "Flat"),
-        (100_001, 384, "IVF512,PQ192x4fs"),
-        (100_001, 3, "Flat"),
-        (10_000_000, 768, "IVF8192,PQ384x4fs"),
-    ],
-)
-def test_the_choice_of_an_index(num_chunks: int, dim: int, factory: str) -> None:
-    spec = choose_index(num_chunks, dim)
-    assert spec.factory == factory
-    assert spec.is_exact == (factory == "Flat")
-    assert num_training_keys(spec, num_chunks) <= num_chunks
-    if not spec.is_exact:
-        num_lists = int(factory.split(",")[0].removeprefix("IVF"))
-        # k-means of FAISS wants 39 points per list.
-        assert num_training_keys(spec, num_chunks) >= 39 * num_lists
-        assert 1 <= spec.nprobe <= num_lists
-        assert faiss.index_factory(dim, factory) is not None

@@ -1,0 +1,245 @@
+"""Choosing an index by measurement: the fastest one that reaches a recall within a budget of memory.
+
+Families of indexes are filled with keys of the database and searched with held-out queries, whose
+exact neighbours are known. A wide search tells for every number of lists visited how many candidates
+are needed; what reaches the target is timed. What was measured stays in the manifest as a curve.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import faiss
+import numpy as np
+
+from retro_ray.database.format import IndexSpec, OperatingPoint
+from retro_ray.errors import ConfigError
+from retro_ray.index.build import fill_index, num_lists_for, num_training_keys, train_index
+from retro_ray.index.encoder import PreparedQueries, QueryEncoder
+from retro_ray.index.exact import ExactKeys
+from retro_ray.index.merge import Candidates
+from retro_ray.index.search import Ask, Wanted, search_parts
+from retro_ray.index.shard import IndexShard
+
+NUM_NEIGHBOURS = 10
+"""Recall is measured at this many neighbours."""
+NUM_QUERIES = 1_000
+MAX_TRIAL_KEYS = 131_072
+"""Families are compared on so many random keys of the database; the chosen one is then measured on all."""
+_MAX_CANDIDATES = 320
+_NPROBE_STEP = 1.5
+_NUM_TIMINGS = 3
+_NUM_REACHING = 4
+"""Points measured that reach the target: more lists and fewer candidates are faster only at first."""
+_HOPELESS = 0.3
+"""A family is given up where it is so much slower than the best one so far."""
+_CONFIDENCE = 1.64
+"""Standard errors by which a measured recall must pass the target: it holds with a probability of 95 %."""
+
+
+def families(num_chunks: int, dim: int) -> list[str]:
+    """FAISS factory strings of compressed indexes worth a trial, for keys of `dim` dimensions.
+
+    Product quantization in 4 bits is scanned fastest; a rotation onto the first principal components
+    before it makes the look-up tables smaller at the same quality. RaBitQ needs half the memory. 8-bit
+    scalars need the most, and hardly any candidates.
+    """
+    lists = f"IVF{num_lists_for(num_chunks)}"
+    found = []
+    for components in sorted({dim, 2 * dim // 3, dim // 2, dim // 3}, reverse=True):
+        if components and components % 4 == 0:
+            rotation = "" if components == dim else f"PCAR{components},"
+            found.append(f"{rotation}{lists},PQ{components // 2}x4fs")
+    if dim % 4 == 0:
+        found.append(f"{lists},PQ{dim // 4}x4fs")
+    return [*found, f"{lists},RaBitQfs", f"{lists},SQ8"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Held-out queries and their exact neighbours among some keys."""
+
+    queries: np.ndarray
+    """float32 [Q, D]."""
+    neighbours: np.ndarray
+    """int64 [Q, k]: rows, or chunk_ids."""
+    excluded_ids: np.ndarray | None = None
+    """int64 [Q, 2]: each query's own row or chunk_id, first and last; None where queries are not among the keys."""
+
+    def recall(self, found: np.ndarray) -> tuple[float, float]:
+        """Mean share of the exact neighbours that are among `found`, int64 [Q, k], and its standard error."""
+        hits = (found[:, :, None] == self.neighbours[:, None, :]).any(axis=1).mean(axis=1)
+        return float(hits.mean()), float(hits.std() / math.sqrt(len(hits)))
+
+
+def exact_trial(
+    queries: np.ndarray, parts: Sequence[tuple[int, np.ndarray]], own_ids: np.ndarray | None = None
+) -> Trial:
+    """The exact neighbours of queries in some keys.
+
+    Args:
+        queries: float32 [Q, D].
+        parts: of the database: id of the first row, and keys float32 [n, D], in memory or memory-mapped.
+        own_ids: int64 [Q], where queries are keys themselves: not their own neighbours.
+    """
+    found = []
+    for base, keys in parts:
+        exact = ExactKeys(keys)
+        distances, rows = exact.nearest(queries, min(NUM_NEIGHBOURS + 1, len(keys)))
+        found.append((distances, rows + base))
+    distances = np.concatenate([distances for distances, _ in found], axis=1)
+    ids = np.concatenate([ids for _, ids in found], axis=1)
+    excluded = None
+    if own_ids is not None:
+        distances = np.where(ids == own_ids[:, None], np.inf, distances)
+        excluded = np.stack([own_ids, own_ids], axis=1)
+    order = np.argsort(distances, axis=1, kind="stable")[:, :NUM_NEIGHBOURS]
+    return Trial(queries, np.take_along_axis(ids, order, 1), excluded)
+
+
+def choose_family(
+    keys: np.ndarray,
+    queries: np.ndarray,
+    num_chunks: int,
+    *,
+    target_recall: float,
+    bytes_per_chunk: int | None = None,
+    report: Callable[[str], None] = lambda line: None,
+) -> tuple[str, list[OperatingPoint]]:
+    """The family to use for a database, and what was measured of all of them.
+
+    Args:
+        keys: float32 [n, D], a random sample of the database's keys.
+        queries: float32 [Q, D], not among them.
+        num_chunks: of the whole database.
+        target_recall: at NUM_NEIGHBOURS neighbours.
+        bytes_per_chunk: most that an index may hold in memory per chunk; None: any.
+        report: told what was measured, line by line.
+
+    Raises:
+        ConfigError: no family fits into `bytes_per_chunk` and reaches the target.
+    """
+    trial = exact_trial(queries, [(0, keys)])
+    points: list[OperatingPoint] = []
+    for factory in families(len(keys), keys.shape[1]):
+        spec = IndexSpec(factory=factory)
+        index = fill_index(train_index(spec, keys.shape[1], keys[: num_training_keys(spec, len(keys))]), [keys])
+        encoder = QueryEncoder(spec, index)
+        size = len(faiss.serialize_index(index)) / len(keys)
+        shard = IndexShard(spec, keys, index)
+        fastest = best_point(points, target_recall)
+        give_up_below = 0.0 if fastest is None else _HOPELESS * fastest.queries_per_s
+        ask = ask_parts([(0, 1.0, shard)])
+        measured = sweep(factory, size, encoder, ask, trial, len(keys), target_recall, give_up_below)
+        points += measured
+        best = best_point(measured, target_recall)
+        reached = "misses the target" if best is None else f"{best.queries_per_s:,.0f} queries/s"
+        report(f"{factory}: {reached}, {size:.0f} bytes per chunk")
+    affordable = [point for point in points if bytes_per_chunk is None or point.bytes_per_chunk <= bytes_per_chunk]
+    best = best_point(affordable, target_recall)
+    if best is None:
+        smallest = min(point.bytes_per_chunk for point in points)
+        raise ConfigError(
+            f"no index reaches --target-recall {target_recall:g} within --bytes-per-chunk {bytes_per_chunk}: "
+            f"the smallest tried takes {smallest:.0f}; lower the one or raise the other"
+        )
+    return _with_lists(best.factory, num_lists_for(num_chunks)), points
+
+
+def sweep(
+    factory: str,
+    bytes_per_chunk: float,
+    encoder: QueryEncoder,
+    ask: Ask,
+    trial: Trial,
+    num_chunks: int,
+    target_recall: float,
+    give_up_below: float = 0.0,
+) -> list[OperatingPoint]:
+    """Recall and speed of one filled index over the lists visited and the candidates ranked.
+
+    For each number of lists: the fewest candidates that reach the target, or where none do, as many
+    as help. Ends where more lists only cost, or where it is slower than `give_up_below` queries/s.
+    """
+    points: list[OperatingPoint] = []
+    for nprobe in _grid(encoder.num_lists):
+        wide = _wide_recall(encoder, ask, trial, nprobe)
+        passing = np.flatnonzero(wide >= target_recall)
+        enough = passing[0] if len(passing) else np.flatnonzero(wide >= wide[-1] - 0.002)[0]
+        num_candidates = max(NUM_NEIGHBOURS, int(enough) + 1)
+        spec = IndexSpec(factory=factory, nprobe=nprobe, refine_factor=num_candidates / NUM_NEIGHBOURS)
+        points.append(measure(spec, bytes_per_chunk, encoder, ask, trial, num_chunks))
+        num_reaching = len([point for point in points if point.lower_recall >= target_recall])
+        if num_reaching >= _NUM_REACHING or points[-1].queries_per_s < give_up_below:
+            break
+    return points
+
+
+def measure(
+    spec: IndexSpec, bytes_per_chunk: float, encoder: QueryEncoder, ask: Ask, trial: Trial, num_chunks: int
+) -> OperatingPoint:
+    """Recall and speed of one setting; the speed is the median of a few searches of all queries."""
+    seconds, ids = [], np.empty((len(trial.queries), 0), np.int64)
+    for _ in range(_NUM_TIMINGS):
+        start = time.perf_counter()
+        # The encoder's own nprobe is another spec's: search_parts goes by the spec.
+        _, ids = search_parts(trial.queries, NUM_NEIGHBOURS, spec, encoder, ask, trial.excluded_ids)
+        seconds.append(time.perf_counter() - start)
+    recall, error = trial.recall(ids)
+    return OperatingPoint(
+        factory=spec.factory,
+        nprobe=spec.nprobe,
+        refine_factor=spec.refine_factor,
+        num_chunks=num_chunks,
+        recall=recall,
+        lower_recall=recall - _CONFIDENCE * error,
+        queries_per_s=len(trial.queries) / float(np.median(seconds)),
+        bytes_per_chunk=bytes_per_chunk,
+    )
+
+
+def best_point(points: Sequence[OperatingPoint], target_recall: float) -> OperatingPoint | None:
+    """The fastest point that surely reaches the target; None where none does."""
+    reaching = [point for point in points if point.lower_recall >= target_recall]
+    return max(reaching, key=lambda point: point.queries_per_s, default=None)
+
+
+def _wide_recall(encoder: QueryEncoder, ask: Ask, trial: Trial, nprobe: int) -> np.ndarray:
+    """Lower bound of the recall with 1, 2, ... candidates, float64 [C]: from one search with many."""
+    prepared = encoder.prepare(trial.queries, nprobe)
+    # As many "neighbours" as candidates, ranked by their coarse distances, is what the cut goes by.
+    parts = ask(prepared, Wanted(_MAX_CANDIDATES), trial.excluded_ids)
+    coarse = np.concatenate([part.coarse for part in parts], axis=1)
+    ids = np.concatenate([part.ids for part in parts], axis=1)
+    order = np.argsort(coarse, axis=1, kind="stable")[:, :_MAX_CANDIDATES]
+    hits = (np.take_along_axis(ids, order, 1)[:, :, None] == trial.neighbours[:, None, :]).any(axis=2)
+    found = hits.cumsum(axis=1) / trial.neighbours.shape[1]
+    return found.mean(axis=0) - _CONFIDENCE * found.std(axis=0) / math.sqrt(len(found))
+
+
+def _grid(num_lists: int) -> list[int]:
+    values = {min(num_lists, round(4 * _NPROBE_STEP**i)) for i in range(40)}
+    return sorted(values)
+
+
+def ask_parts(parts: Sequence[tuple[int, float, IndexShard]]) -> Ask:
+    """Asks segments in this process: first id, share of the database's chunks, index of each."""
+
+    def ask(queries: PreparedQueries, wanted: Wanted, excluded_ids: np.ndarray | None) -> list[Candidates]:
+        return [
+            shard.candidates(
+                queries, wanted.of_part(share), None if excluded_ids is None else excluded_ids - base
+            ).with_base(base)
+            for base, share, shard in parts
+        ]
+
+    return ask
+
+
+def _with_lists(factory: str, num_lists: int) -> str:
+    """The same family with another number of inverted lists."""
+    parts = factory.split(",")
+    return ",".join(f"IVF{num_lists}" if part.startswith("IVF") else part for part in parts)

@@ -1,0 +1,132 @@
+"""The tuner against what it must find: settings whose recall, measured anew, reaches the target."""
+
+import itertools
+
+import faiss
+import numpy as np
+import pytest
+
+from retro_ray.database.format import IndexSpec, OperatingPoint
+from retro_ray.errors import ConfigError
+from retro_ray.index.build import fill_index, num_training_keys, train_index
+from retro_ray.index.encoder import QueryEncoder
+from retro_ray.index.search import search_parts
+from retro_ray.index.shard import IndexShard
+from retro_ray.index.tune import (
+    NUM_NEIGHBOURS,
+    ask_parts,
+    best_point,
+    choose_family,
+    exact_trial,
+    families,
+    measure,
+    sweep,
+)
+
+DIM = 24
+TARGET = 0.9
+
+
+@pytest.fixture(scope="module")
+def keys() -> np.ndarray:
+    rng = np.random.default_rng(0)
+    centres = 3 * rng.standard_normal((60, DIM))
+    return (centres[rng.integers(0, 60, 5200)] + rng.standard_normal((5200, DIM))).astype(np.float32)
+
+
+def brute_force(keys: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    squares = ((queries[:, None, :].astype(float) - keys[None].astype(float)) ** 2).sum(-1)
+    return np.argsort(squares, axis=1)[:, :NUM_NEIGHBOURS]
+
+
+def test_the_trial_knows_the_exact_neighbours(keys: np.ndarray) -> None:
+    queries, rest = keys[:100], keys[100:2100]
+    expected = brute_force(rest, queries)
+    trial = exact_trial(queries, [(0, rest[:700]), (700, rest[700:701]), (701, rest[701:])])
+    np.testing.assert_array_equal(np.sort(trial.neighbours), np.sort(expected))
+    assert trial.recall(expected[:, ::-1]) == (1.0, 0.0)
+    assert trial.recall(np.where(np.arange(NUM_NEIGHBOURS) < 4, expected, -1))[0] == pytest.approx(0.4)
+
+
+def test_a_key_is_not_its_own_neighbour(keys: np.ndarray) -> None:
+    rows = np.arange(5, 105)
+    trial = exact_trial(keys[rows], [(0, keys[:2000])], own_ids=rows)
+    assert not (trial.neighbours == rows[:, None]).any()
+    np.testing.assert_array_equal(trial.excluded_ids, np.stack([rows, rows], axis=1))
+
+
+def test_the_family_chosen_reaches_the_target(keys: np.ndarray) -> None:
+    lines: list[str] = []
+    queries, rest = keys[:300], keys[300:]
+    factory, points = choose_family(rest, queries, len(rest), target_recall=TARGET, report=lines.append)
+    assert len(lines) == len(families(len(rest), DIM)) == len({point.factory for point in points})
+    best = best_point(points, TARGET)
+    assert best is not None
+    assert best.factory == factory
+    # Measured anew, by brute force and without any part of the tuner.
+    spec = IndexSpec(factory=factory, nprobe=best.nprobe, refine_factor=best.refine_factor)
+    index = fill_index(train_index(spec, DIM, rest[: num_training_keys(spec, len(rest))]), [rest])
+    shard = IndexShard(spec, rest, index)
+    _, found = search_parts(queries, 10, spec, QueryEncoder(spec, index), ask_parts([(0, 1.0, shard)]))
+    recall = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, brute_force(rest, queries), strict=True)])
+    assert recall == pytest.approx(best.recall, abs=0.02)
+    assert best.lower_recall < best.recall
+    assert best.lower_recall >= TARGET
+
+
+def test_a_budget_is_kept_or_refused(keys: np.ndarray) -> None:
+    queries, rest = keys[:300], keys[300:2300]
+    arguments = {"num_chunks": len(rest), "target_recall": 0.6}
+    _, points = choose_family(rest, queries, **arguments)
+    budget = int(min(point.bytes_per_chunk for point in points)) + 1
+    factory, _ = choose_family(rest, queries, **arguments, bytes_per_chunk=budget)
+    assert min(point.bytes_per_chunk for point in points if point.factory == factory) <= budget
+    with pytest.raises(ConfigError, match=r"--target-recall 0\.6 within --bytes-per-chunk 1: the smallest tried takes"):
+        choose_family(rest, queries, **arguments, bytes_per_chunk=1)
+
+
+def test_segments_are_tuned_as_one_index(keys: np.ndarray) -> None:
+    """The recall of a setting does not depend on how the keys are divided."""
+    queries, rest = keys[:200], keys[200:]
+    spec = IndexSpec(factory="IVF64,PQ12x4fs", nprobe=6, refine_factor=4)
+    codec = train_index(spec, DIM, rest)
+    measured = []
+    for cuts in ([0, len(rest)], [0, 10, 1500, len(rest)]):
+        parts = []
+        for start, stop in itertools.pairwise(cuts):
+            index = fill_index(faiss.clone_index(codec), [rest[start:stop]])
+            parts.append((start, (stop - start) / len(rest), IndexShard(spec, rest[start:stop], index)))
+        trial = exact_trial(queries, [(start, rest[start:stop]) for start, stop in itertools.pairwise(cuts)])
+        measured.append(measure(spec, 1.0, QueryEncoder(spec, codec), ask_parts(parts), trial, len(rest)).recall)
+    assert measured[0] == measured[1] > 0.8
+
+
+def test_a_sweep_finds_settings_that_reach_the_target(keys: np.ndarray) -> None:
+    queries, rest = keys[:200], keys[200:]
+    spec = IndexSpec(factory="IVF64,PQ12x4fs")
+    index = fill_index(train_index(spec, DIM, rest), [rest])
+    ask = ask_parts([(0, 1.0, IndexShard(spec, rest, index))])
+    points = sweep(
+        spec.factory, 1.0, QueryEncoder(spec, index), ask, exact_trial(queries, [(0, rest)]), len(rest), TARGET
+    )
+    assert [point.nprobe for point in points] == sorted({point.nprobe for point in points})
+    assert sum(point.lower_recall >= TARGET for point in points) >= 1
+    assert best_point(points, TARGET) is not None
+
+
+def test_the_best_point_is_the_fastest_that_surely_reaches_the_target() -> None:
+    def point(recall: float, lower: float, speed: float) -> OperatingPoint:
+        return OperatingPoint(
+            factory="f",
+            nprobe=1,
+            refine_factor=1,
+            num_chunks=1,
+            recall=recall,
+            lower_recall=lower,
+            queries_per_s=speed,
+            bytes_per_chunk=1,
+        )
+
+    points = [point(0.99, 0.98, 10), point(0.96, 0.951, 30), point(0.955, 0.949, 50)]
+    assert best_point(points, 0.95) == points[1]
+    assert best_point(points[2:], 0.95) is None
