@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
 import random
 import signal
@@ -228,16 +229,17 @@ def observe(
             lose_node = None
         faults.kill_one()
         time.sleep(benchmark.kill_every_s)
+    seen, clients.seen = clients.seen, Observations()
+    nodes = faults.nodes()  # who asks brings back what was killed for good
     clients.stop()
-    seen = clients.seen
-    nodes = faults.nodes()
+    after = clients.seen
     return {
         "queries": len(seen.latencies_s) + len(seen.lost),
         "kills": faults.num_kills,
-        "lost": len(seen.lost) + len(quiet.lost),
-        "wrong": seen.wrong + quiet.wrong,
+        "lost": sum(len(phase.lost) for phase in (quiet, seen, after)),
+        "wrong": sum(phase.wrong for phase in (quiet, seen, after)),
         "incomplete": seen.incomplete,
-        "unmarked_incomplete": seen.unmarked_incomplete + quiet.unmarked_incomplete,
+        "unmarked_incomplete": sum(phase.unmarked_incomplete for phase in (quiet, seen, after)),
         "p50_ms_quiet": quiet.milliseconds(50),
         "p99_ms_quiet": quiet.milliseconds(99),
         "p50_ms": seen.milliseconds(50),
@@ -301,6 +303,7 @@ def _rounded(value: float) -> str:
 
 def main(benchmark: FaultsBenchmark) -> None:
     """Measure and report."""
+    logging.getLogger("retro_ray.retrieval").setLevel(logging.ERROR)  # every client would say what is missing
     metrics = measure(benchmark)
     print(as_table(metrics))
     if benchmark.json is not None:

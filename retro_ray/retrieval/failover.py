@@ -71,7 +71,7 @@ class Transport(Protocol):
         ...
 
     def revive(self, shard: int, replica: int, failure: Failure) -> Any | None:
-        """See to it that a replica that failed comes back.
+        """See to it that a replica that failed comes back; returns at once.
 
         Returns:
             A call that ends once it has; None where it comes back by itself.
@@ -84,6 +84,10 @@ class Transport(Protocol):
         Returns when all have ended (or, unless `all_of_them`, when any has), when one has failed, or
         after `timeout_s`.
         """
+        ...
+
+    def has_ended(self, call: Any) -> bool:
+        """Whether a call, or what `revive` gave, has ended by now, well or badly."""
         ...
 
     def now(self) -> float:
@@ -112,6 +116,10 @@ class _Asked:
     """Those that may still answer."""
     deadline: float = 0.0
     """When the newest of them has taken too long."""
+    asked_at: float = 0.0
+    """When the question came."""
+    warn_at: float = 0.0
+    """When to say next that it is still waited for."""
     may_hedge: bool = False
     """That is only when it is late: it may still be waited for."""
     tried: set[int] = field(default_factory=set)
@@ -170,7 +178,7 @@ class FailoverClient:
         self._timeout_s = timeout_s
         self._policy: RetrievalPolicy = policy
         self._database = database
-        self._replicas = ReplicaBook(num_replicas, timeout_s, transport.now, self._has_ended, first_replica)
+        self._replicas = ReplicaBook(num_replicas, timeout_s, transport.now, transport.has_ended, first_replica)
         self._num_replicas = num_replicas
         self._typical_s = 0.0
         self._hedges_left = HEDGES_IN_A_ROW
@@ -180,7 +188,8 @@ class FailoverClient:
 
     def begin(self, request: Any, num_shards: int) -> Question:
         """Send a request to all shards; several questions may be on their way at once."""
-        question = Question(request, [_Asked(shard, num_shards) for shard in range(num_shards)])
+        now = self._transport.now()
+        question = Question(request, [_Asked(shard, num_shards, asked_at=now) for shard in range(num_shards)])
         for asked in question.parts:
             self._ask_another(asked, request, set())
         return question
@@ -209,9 +218,9 @@ class FailoverClient:
         all_of_them = True  # the usual case in one go; one by one only after something went wrong
         while waiting := [asked for asked in question.parts if asked.is_open]:
             calls = [(asked, call) for asked in waiting for call in asked.calls]
-            timeout_s = min(asked.deadline for asked in waiting) - self._transport.now()
-            handles = [call.handle for _, call in calls]
-            outcomes = self._transport.receive(handles, max(0.0, timeout_s), all_of_them=all_of_them)
+            deadline = min(asked.deadline if asked.calls else 0.0 for asked in waiting)
+            timeout_s = max(0.0, deadline - self._transport.now())
+            outcomes = self._transport.receive([call.handle for _, call in calls], timeout_s, all_of_them=all_of_them)
             for (asked, call), outcome in zip(calls, outcomes, strict=True):
                 self._take(asked, call, outcome)
             for asked in waiting:
@@ -272,11 +281,13 @@ class FailoverClient:
         """No replica can be asked now: let time pass, and then try all of them again."""
         now = self._transport.now()
         if asked.calls:
-            if now >= asked.deadline:
-                logger.warning("%s; waiting on", self._description(asked))
-                asked.deadline = now + self._timeout_s
+            asked.deadline = now + self._timeout_s
         else:
             self._transport.sleep(FIRST_PAUSE_S)
+        asked.warn_at = asked.warn_at or asked.asked_at + self._timeout_s
+        if now >= asked.warn_at:
+            logger.warning("%s; waiting on", self._description(asked))
+            asked.warn_at = now + self._timeout_s
         asked.tried = {call.replica for call in asked.calls}
 
     def _ask_another(self, asked: _Asked, request: Any, passed_over: set[int]) -> bool:
@@ -316,9 +327,6 @@ class FailoverClient:
             self._reported_missing.add(asked.shard)
         if is_news:
             logger.warning("%s", self._description(asked))
-
-    def _has_ended(self, call: Any) -> bool:
-        return self._transport.receive([call], 0.0, all_of_them=True)[0] is not None
 
     def _error(self, asked: _Asked) -> RetrievalError:
         error = RetrievalError(self._description(asked))

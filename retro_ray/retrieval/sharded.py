@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from retro_ray.retrieval.following import FollowedManifest
 from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
 from retro_ray.retrieval.shard_actor import ReplicaName, start_replica
 
+logger = logging.getLogger(__name__)
+
+_REVIVALS_AT_A_TIME = 16
 _INLINE_BYTES = 100_000
 """A larger request is put into the object store once, not sent to every shard."""
 
@@ -97,6 +102,7 @@ class RayTransport:
         self._config = config
         self._pinned = pinned
         self._handles: dict[tuple[int, int], Any] = {}
+        self._reviving = ThreadPoolExecutor(_REVIVALS_AT_A_TIME, thread_name_prefix="retro-ray-reviving")
         self._lock = threading.Lock()
 
     def start_all(self) -> None:
@@ -112,10 +118,11 @@ class RayTransport:
             handle = self._start(shard, replica, {})  # the database has more shards than before
         return handle.ready.remote() if request is None else handle.search.remote(request)
 
-    def revive(self, shard: int, replica: int, failure: Failure) -> ray.ObjectRef | None:
+    def revive(self, shard: int, replica: int, failure: Failure) -> Future[Any] | None:
         if not isinstance(failure.cause, (ActorDiedError, ActorUnschedulableError)):
             return None  # Ray starts it again
-        return self._start(shard, replica, {}).ready.remote()
+        # Elsewhere: finding it a node can take seconds, and another replica may have the answer at once.
+        return self._reviving.submit(self._start_anew, shard, replica)
 
     def receive(
         self, calls: Sequence[ray.ObjectRef], timeout_s: float, *, all_of_them: bool
@@ -132,11 +139,23 @@ class RayTransport:
         ended = set(ray.wait(list(calls), num_returns=len(calls), timeout=0)[0])
         return [_outcome(call) if call in ended else None for call in calls]
 
+    def has_ended(self, call: ray.ObjectRef | Future[Any]) -> bool:
+        return call.done() if isinstance(call, Future) else bool(ray.wait([call], timeout=0)[0])
+
     def now(self) -> float:
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
+
+    def _start_anew(self, shard: int, replica: int) -> None:
+        """Returns once the replica is loaded, or when it has had its time: then whoever asks it finds out more."""
+        try:
+            ray.get(self._start(shard, replica, {}).ready.remote(), timeout=self._config.timeout_s)
+        except (RayError, DatabaseError) as error:
+            logger.info(
+                "replica %d of shard %d is not back yet: %s", replica, shard, " ".join(str(error).split())[:300]
+            )
 
     def _start(self, shard: int, replica: int, placed: dict[ReplicaName, str]) -> Any:
         build = None if self._pinned is None else self._pinned.build

@@ -92,6 +92,9 @@ class FakeTransport:
         self.clock = max(self.clock, min(until, self.clock + timeout_s))
         return [call.outcome if call.ends_at <= self.clock else None for call in calls]
 
+    def has_ended(self, call: FakeCall) -> bool:
+        return call.ends_at <= self.clock
+
     def now(self) -> float:
         return self.clock
 

@@ -143,12 +143,15 @@ def test_replicas_that_are_late_but_live_are_waited_for() -> None:
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
-def test_wait_waits_until_a_replica_lives_again(num_replicas: int) -> None:
-    transport = FakeTransport(until(100.0, DEAD))
+def test_wait_waits_until_a_replica_lives_again(num_replicas: int, caplog: pytest.LogCaptureFixture) -> None:
+    transport = FakeTransport(lambda s, r, now: DEAD if s < 2 and now < 100 else OK)
     answers = ask(client(transport, "wait", num_replicas))
     assert len(answers.by_shard) == 3
     assert 100 <= transport.clock < 102
     assert len(transport.sent) < 1000  # it pauses in between
+    assert 2 <= len(caplog.records) <= 2 * 10 * num_replicas  # and says now and then what it waits for
+    assert "shard 1 of 3" in caplog.text
+    assert "its actor died: killed" in caplog.text
 
 
 def test_wait_waits_for_an_answer_that_takes_longer_than_timeout_s(caplog: pytest.LogCaptureFixture) -> None:
