@@ -20,6 +20,12 @@ $(VENV)/.bench: $(VENV)/.test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[bench]
 	touch $@
 
+# Peers that benchmarks run beside us and that need other versions of what we need.
+.venv-peers/.installed: benchmarks/peers-requirements.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check -r benchmarks/peers-requirements.txt
+	touch $@
+
 demo: $(VENV)/.demo  ## the whole system on this machine, in minutes
 	$(BIN)/python -m retro_ray demo
 
@@ -44,10 +50,11 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench .venv-peers/.installed
 	mkdir -p results
 	$(BIN)/python -m benchmarks.embedding --json results/embedding.json
 	$(BIN)/python -m benchmarks.indexing --json results/indexing.json
+	$(BIN)/python -m benchmarks.generation --json results/generation.json
 
 clean:
-	rm -rf $(VENV) results
+	rm -rf $(VENV) .venv-peers results

@@ -1,0 +1,197 @@
+"""How fast is generation: one stream and eight, beside others, with and without retrieval and drafts?
+
+Everything is measured in one run and in turns, since machines change their speed: a model of the
+paper's smallest size with random weights against a real database, and a model that was trained for
+what depends on the text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.generation_homes import prompts, require_database, require_trained
+from benchmarks.generation_rates import (
+    answer,
+    decode_streams,
+    decoder_bytes,
+    llama_like,
+    llama_tokens_per_s,
+    random_model,
+    read_bandwidth,
+    retro_pytorch_tokens_per_s,
+)
+from retro_ray.allocator import FAST_ALLOCATOR_ENV
+from retro_ray.command_line import parse, run
+from retro_ray.database.store import Database
+from retro_ray.errors import DatabaseError
+from retro_ray.generation.engine import GenerationEngine
+from retro_ray.generation.fast_model import fast_model
+from retro_ray.recipes import paper_172m
+from retro_ray.retrieval.local import LocalRetriever
+from retro_ray.retrieval.retriever import ChunkRetriever
+from retro_ray.training.checkpoint import load_model
+from retro_ray.training.run_folder import run_directory
+
+_TRAINED_PROMPT_TOKENS = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationBenchmark:
+    """Tokens per second of one stream and eight, beside transformers and retro-pytorch; what retrieval costs and
+    drafts gain.
+    """
+
+    home: Path | None = None
+    """Folder of a database of at least 50,000 chunks. Default: one is built from python-docs in --cache."""
+    trained_home: Path | None = None
+    """Folder of a trained run and its database. Default: they are made from aws-cfn-2019 of --data in --cache."""
+    run: str = "default"
+    """Name of the trained run."""
+    data: Path | None = None
+    """Folder of corpora. Without it, and without --trained-home, drafts are not measured."""
+    cache: Path = Path("results/homes")
+    """Where what is built first is kept."""
+    peers_python: Path = Path(".venv-peers/bin/python")
+    """Interpreter of the environment that has retro-pytorch."""
+    context: int = 512
+    """Tokens of a stream, the generated ones included."""
+    num_tokens: int = 128
+    """Generated of each stream."""
+    num_streams: int = 8
+    long_prompt: int = 1024
+    """Tokens of the prompt whose first token is waited for."""
+    num_prompts: int = 12
+    """That drafts are measured on."""
+    num_rounds: int = 3
+    """Of everything; medians are reported."""
+    json: Path | None = None
+    """Write the metrics to this file."""
+
+
+def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
+    """What the paper's shape with random weights shows."""
+    database = Database.open(require_database(benchmark.home, benchmark.cache.absolute()))
+    retriever = ChunkRetriever.open(database, LocalRetriever.open(database))
+    config = paper_172m(database.manifest.vocab_size, database.chunk_length).model
+    model = random_model(config, database.tokenizer.eos_id)
+    weight_bytes = decoder_bytes(model)
+    engine = GenerationEngine(fast_model(model), database.tokenizer, retriever, speculate=0)
+    llama = llama_like(config)
+
+    # Of different lengths, so that they do not end their chunks in the same step.
+    longest = benchmark.context - benchmark.num_tokens
+    step = max(1, config.chunk_length // benchmark.num_streams)
+    store = max(database.segments, key=lambda segment: segment.num_chunks)
+    texts = prompts(store, [longest - step * n for n in range(benchmark.num_streams)])
+    [long_text] = prompts(store, [benchmark.long_prompt - 1])  # the start-of-document token comes in front
+
+    samples: dict[str, list[float]] = {}
+    same = True
+    for _ in range(benchmark.num_rounds):
+        one, eight, one_off, eight_off = (
+            decode_streams(engine, chosen, benchmark.num_tokens, retrieval)
+            for retrieval in (True, False)
+            for chosen in (texts[:1], texts)
+        )
+        same = same and one.results[0].token_ids == eight.results[0].token_ids
+        figures = {
+            "tokens_per_s_1": one.tokens_per_s,
+            "tokens_per_s_8": eight.tokens_per_s,
+            "tokens_per_s_1_off": one_off.tokens_per_s,
+            "tokens_per_s_8_off": eight_off.tokens_per_s,
+            "retrieval_hidden_share_8": eight.retrieval_hidden_share,
+            "hf_tokens_per_s": llama_tokens_per_s(llama, texts[0], benchmark.num_tokens),
+            "read_gb_per_s": read_bandwidth() / 1e9,
+            "time_to_first_token_s": answer(engine, [long_text], 1)[0],
+        }
+        for name, value in figures.items():
+            samples.setdefault(name, []).append(value)
+    metrics: dict[str, Any] = {name: statistics.median(values) for name, values in samples.items()}
+    peers = retro_pytorch_tokens_per_s(benchmark.peers_python, config, benchmark.context, num_tokens=4)
+    return {
+        **metrics,
+        "retro_pytorch_tokens_per_s": max(peers.values()),
+        "ratio_vs_retro_pytorch": metrics["tokens_per_s_1"] / max(peers.values()),
+        "ratio_vs_hf": metrics["tokens_per_s_1"] / metrics["hf_tokens_per_s"],
+        "ratio_vs_hf_off": metrics["tokens_per_s_1_off"] / metrics["hf_tokens_per_s"],
+        "batching_gain": metrics["tokens_per_s_8"] / metrics["tokens_per_s_1"],
+        "retrieval_cost": metrics["tokens_per_s_1_off"] / metrics["tokens_per_s_1"],
+        "retrieval_cost_8": metrics["tokens_per_s_8_off"] / metrics["tokens_per_s_8"],
+        "bandwidth_fraction": weight_bytes * metrics["tokens_per_s_1"] / (metrics["read_gb_per_s"] * 1e9),
+        "same_alone_as_in_batch": same,
+        "decoder_mb": weight_bytes / 1e6,
+        "hf_decoder_mb": 2e-6 * llama.num_parameters(),
+        "database_chunks": database.manifest.num_chunks,
+    }
+
+
+def measure_drafts(benchmark: GenerationBenchmark) -> dict[str, Any]:
+    """What drafts save with a trained model on held-out documents; nothing without one."""
+    home = require_trained(benchmark.trained_home, benchmark.run, benchmark.data, benchmark.cache.absolute())
+    if home is None:
+        print("no --data and no --trained-home: drafts are not measured", file=sys.stderr)
+        return {}
+    database = Database.open(home)
+    if database.validation is None:
+        raise DatabaseError(f"the database in {home} has no validation split: drafts are measured on its documents")
+    model, _, _ = load_model(run_directory(home, benchmark.run), database.manifest)
+    model = fast_model(model)
+    retriever = ChunkRetriever.open(database, LocalRetriever.open(database))
+    plain = GenerationEngine(model, database.tokenizer, retriever, speculate=0)
+    drafting = GenerationEngine(model, database.tokenizer, retriever)
+    num_tokens = min(256, model.config.context_length - _TRAINED_PROMPT_TOKENS - 2)
+    seconds = {"plain": 0.0, "drafting": 0.0}
+    num_generated = num_passes = num_same = 0
+    texts = prompts(database.validation, [_TRAINED_PROMPT_TOKENS] * benchmark.num_prompts)
+    for text in texts:
+        plain_s, [expected], _ = answer(plain, [text], num_tokens)
+        drafting_s, [result], stats = answer(drafting, [text], num_tokens)
+        seconds["plain"] += plain_s
+        seconds["drafting"] += drafting_s
+        num_generated += len(result.token_ids) - 1  # the first is read off the prompt
+        num_passes += stats.num_steps
+        num_same += result.token_ids == expected.token_ids
+    return {
+        "speculation_gain": seconds["plain"] / seconds["drafting"],
+        "speculation_tokens_per_s": num_generated / seconds["drafting"],
+        "accepted_tokens_per_pass": (num_generated - num_passes) / num_passes,
+        "speculation_same_answers": num_same / len(texts),
+    }
+
+
+def report(metrics: dict[str, Any]) -> str:
+    """A table for people."""
+    return "\n".join(
+        f"{name:>28}  {value}" if isinstance(value, bool) else f"{name:>28}  {value:,.4g}"
+        for name, value in metrics.items()
+    )
+
+
+def with_fast_allocator() -> None:
+    """Start anew with the allocator's settings, which are read when a process starts."""
+    if any(os.environ.get(name) != value for name, value in FAST_ALLOCATOR_ENV.items()):
+        command = [sys.executable, "-m", "benchmarks.generation", *sys.argv[1:]]
+        os.execve(sys.executable, command, {**os.environ, **FAST_ALLOCATOR_ENV})
+
+
+def main(benchmark: GenerationBenchmark) -> None:
+    """Measure and report."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    metrics = measure_speed(benchmark) | measure_drafts(benchmark)
+    print(report(metrics))
+    if benchmark.json is not None:
+        benchmark.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parsed = parse(GenerationBenchmark, "python -m benchmarks.generation")
+    with_fast_allocator()
+    run(lambda: main(parsed))

@@ -1,0 +1,173 @@
+"""Rates of generation, ours and others', each measured by a function of its own.
+
+Time per token is the difference between answers of many tokens and of one: what reading the prompts
+takes is in both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from retro_ray.config import ModelConfig
+from retro_ray.errors import ConfigError
+from retro_ray.generation.engine import GenerationEngine
+from retro_ray.generation.request import GenerationRequest, GenerationResult
+from retro_ray.generation.sampling import SamplingConfig
+from retro_ray.generation.scheduler import GenerationScheduler
+from retro_ray.generation.stats import SchedulerStats
+from retro_ray.model.retro import RetroModel
+
+GREEDY = SamplingConfig(temperature=0.0)
+
+
+def random_model(config: ModelConfig, eos_id: int) -> RetroModel:
+    """Random weights, under which no text ends before it is as long as asked for."""
+    torch.manual_seed(0)
+    model = RetroModel(config).eval()
+    with torch.no_grad():
+        model.token_embedding.weight[eos_id] = 0
+    return model
+
+
+def decoder_bytes(model: RetroModel) -> int:
+    """Bytes of weights that decoding one token in bf16 reads: neighbours have been encoded before."""
+    layers = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if name.startswith("layers.") and ".cca.key" not in name and ".cca.value" not in name
+    )
+    return 2 * (layers + model.read_out_weight.numel())
+
+
+def read_bandwidth(num_bytes: int = 1 << 30) -> float:
+    """Bytes per second at which a large bf16 tensor is read, with all threads."""
+    tensor = torch.ones(num_bytes // 2, dtype=torch.bfloat16)
+    reads = (tensor.sum, tensor.view(torch.int64).sum, tensor.max)
+    return max(num_bytes / _seconds(read) for read in reads for _ in range(3))
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Requests that were decoded at the same time."""
+
+    seconds: float
+    """From the first request until the last answer, without what their prompts and first tokens took."""
+    results: tuple[GenerationResult, ...]
+    retrieval_hidden_share: float
+    """Of the retrieval for what was generated."""
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(result.token_ids) - 1 for result in self.results) / self.seconds
+
+
+def decode_streams(
+    engine: GenerationEngine, prompts: Sequence[Sequence[int]], num_tokens: int, retrieval: bool
+) -> Streams:
+    """Continue all `prompts` at once, greedily, through a scheduler as a service does."""
+    prompt_s, _, before = answer(engine, prompts, 1, retrieval)
+    whole_s, results, after = answer(engine, prompts, num_tokens + 1, retrieval)
+    retrieval_s = after.retrieval_s - before.retrieval_s
+    return Streams(
+        whole_s - prompt_s,
+        tuple(results),
+        1 - (stalled_s(after) - stalled_s(before)) / retrieval_s if retrieval_s > 0 else 0.0,
+    )
+
+
+def answer(
+    engine: GenerationEngine, prompts: Sequence[Sequence[int]], num_tokens: int, retrieval: bool = True
+) -> tuple[float, list[GenerationResult], SchedulerStats]:
+    """Seconds until all are answered, the answers, and the scheduler's figures."""
+    requests = [
+        GenerationRequest(prompt_tokens=tuple(prompt), max_tokens=num_tokens, retrieval=retrieval, sampling=GREEDY)
+        for prompt in prompts
+    ]
+
+    async def ask() -> tuple[float, list[GenerationResult]]:
+        start = time.perf_counter()
+        results = await asyncio.gather(*map(scheduler.generate, requests))
+        return time.perf_counter() - start, results
+
+    with contextlib.closing(GenerationScheduler(engine, max_batch_size=len(requests))) as scheduler:
+        seconds, results = asyncio.run(ask())
+        return seconds, results, scheduler.stats()
+
+
+def stalled_s(stats: SchedulerStats) -> float:
+    """Seconds of retrieval in which nothing was decoded."""
+    return (1 - stats.retrieval_hidden_share) * stats.retrieval_s
+
+
+def llama_like(config: ModelConfig) -> LlamaForCausalLM:
+    """A Llama in bf16 with as many weights as the decoder without cross-attention: its feed-forward block has
+    three matrices.
+    """
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_dim,
+            intermediate_size=config.ffn_dim * 2 // 3,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            head_dim=config.head_dim,
+            max_position_embeddings=config.context_length,
+            tie_word_embeddings=True,
+        )
+    )
+    llama.generation_config.eos_token_id = None
+    llama.generation_config.pad_token_id = 0
+    return llama.bfloat16().eval()
+
+
+def llama_tokens_per_s(llama: LlamaForCausalLM, prompt: Sequence[int], num_tokens: int) -> float:
+    """Of transformers' own generate with its KV cache, one stream."""
+    tokens = torch.tensor([list(prompt)])
+
+    def generate(count: int) -> None:
+        made = llama.generate(tokens, max_new_tokens=count, do_sample=False, use_cache=True)  # pyright: ignore
+        assert made.shape[1] == tokens.shape[1] + count, "it ended early"
+
+    return num_tokens / (_seconds(lambda: generate(num_tokens + 1)) - _seconds(lambda: generate(1)))
+
+
+def retro_pytorch_tokens_per_s(python: Path, config: ModelConfig, context: int, num_tokens: int) -> dict[str, float]:
+    """retro-pytorch's own generate up to `context` tokens, one stream: in float32, and under bf16 autocast.
+
+    Raises:
+        ConfigError: it is not installed in the environment of `python`.
+    """
+    if not python.exists():
+        raise ConfigError(f"--peers-python is {python}, which is not there: run make .venv-peers/.installed")
+    settings = {
+        "vocab-size": config.vocab_size,
+        "dim": config.hidden_dim,
+        "layers": config.num_layers,
+        "chunk-length": config.chunk_length,
+        "neighbours": config.num_neighbours,
+        "context": context,
+        "tokens": num_tokens,
+        "threads": torch.get_num_threads(),
+    }
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    script = Path(__file__).with_name("retro_pytorch_generation.py")
+    command = [str(python), str(script), *flags, "--cca-layers", *map(str, config.cca_layers)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])["tokens_per_s"]
+
+
+def _seconds(work) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
