@@ -1,0 +1,60 @@
+"""The recall-throughput curve that an index was chosen by, as a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from retro_ray.database.format import IndexSpec, OperatingPoint
+
+
+def is_chosen(point: OperatingPoint, spec: IndexSpec) -> bool:
+    """Whether a point is the setting that a database is searched with."""
+    return (point.factory, point.nprobe, point.refine_factor) == (spec.factory, spec.nprobe, spec.refine_factor)
+
+
+def curve_table(points: Sequence[OperatingPoint], spec: IndexSpec) -> str:
+    """One line per measured setting, the chosen one marked."""
+    head = f"{'index':<32} {'keys':>10} {'lists':>5} {'refine':>6} {'recall@10':>9} {'queries/s':>10}"
+    lines = [f"  {head} {'bytes/chunk':>11}"]
+    for point in points:
+        mark = "*" if is_chosen(point, spec) else " "
+        lines.append(
+            f"{mark} {point.factory:<32} {point.num_chunks:>10,} {point.nprobe:>5} {point.refine_factor:>6.1f} "
+            f"{point.recall:>9.4f} {point.queries_per_s:>10,.0f} {point.bytes_per_chunk:>11.0f}"
+        )
+    return "\n".join(lines)
+
+
+def plot_curve(points: Sequence[OperatingPoint], spec: IndexSpec, target_recall: float | None, path: Path) -> None:
+    """Draw recall against throughput for every index that was measured, into an image file."""
+    # Imported here: it takes a second, which those who only look at the table need not wait for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    curves = dict.fromkeys((point.factory, point.num_chunks) for point in points)
+    for factory, num_chunks in curves:
+        line = sorted(
+            (point for point in points if (point.factory, point.num_chunks) == (factory, num_chunks)),
+            key=lambda point: point.nprobe,
+        )
+        axes.plot(
+            [point.recall for point in line],
+            [point.queries_per_s for point in line],
+            marker="o",
+            markersize=3.5,
+            label=f"{factory}, {num_chunks:,} keys, {line[0].bytes_per_chunk:.0f} bytes per chunk",
+        )
+    for point in points:
+        if is_chosen(point, spec):
+            axes.plot(point.recall, point.queries_per_s, marker="*", markersize=16, color="black", zorder=5)
+            axes.annotate("chosen", (point.recall, point.queries_per_s), textcoords="offset points", xytext=(8, 6))
+    if target_recall is not None:
+        axes.axvline(target_recall, color="grey", linestyle="--", linewidth=1)
+    axes.set(yscale="log", xlabel="recall@10 against exact search", ylabel="queries per second (batches)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
