@@ -105,6 +105,15 @@ class TextTokenizer:
         meta = {"name": self.name, "bos_id": self.bos_id, "eos_id": self.eos_id, "fingerprint": self.fingerprint}
         (directory / META_FILE).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
+    def save_pretrained(self, directory: Path) -> None:
+        """Write it as transformers' AutoTokenizer reads it, for programs that know no other kind; ids are the same."""
+        from transformers import PreTrainedTokenizerFast  # takes seconds to import
+
+        bos_token, eos_token = (self._tokenizer.id_to_token(token) for token in (self.bos_id, self.eos_id))
+        PreTrainedTokenizerFast(
+            tokenizer_object=self._tokenizer, bos_token=bos_token, eos_token=eos_token, split_special_tokens=True
+        ).save_pretrained(str(directory))
+
     @classmethod
     def load(cls, directory: Path) -> TextTokenizer:
         """The tokenizer that `save` wrote.

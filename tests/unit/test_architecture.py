@@ -20,7 +20,7 @@ LAYERS = [
     {"ray_session"},
     {"retrieval", "model"},
     {"training", "evaluation", "generation"},
-    {"serve", "commands"},
+    {"serve", "commands", "lm_eval"},
     {"__main__"},
 ]
 # The one place where the order is turned: building or editing a database ends with searching neighbours in it.

@@ -266,3 +266,14 @@ def test_lossy_tokenizer_counts_bytes_across_pieces() -> None:
     assert len(" fianc\u00e9 unbelievably") * words > 5 * PIECE_LENGTH
     np.testing.assert_array_equal(ids, np.tile(one_ids, words))
     np.testing.assert_array_equal(num_bytes, np.tile(one_bytes, words))
+
+
+def test_transformers_reads_the_same_ids(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer.save_pretrained(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
+    for text in ("", "two words", f"it says {END_OF_TEXT}, spelled out", "\n\n  caf\u00e9 \u4e2d\u6587\t"):
+        assert theirs(text, add_special_tokens=False).input_ids == tokenizer.encode(text).tolist()
+        assert theirs.decode(tokenizer.encode(text)) == text
