@@ -194,10 +194,12 @@ class Edits:
             clients.truth = truth
 
     def _num_missing(self) -> int:
-        """Chunks of the newest segment that a search by their own key does not find."""
-        store = Database.open(self._home).segments[-1]
-        own = store.chunk_id_base + np.arange(store.num_chunks)
-        found: NeighbourSet = self._retriever.search(store.keys, _K)
+        """Live chunks of the newest segment that a search by their own key does not find."""
+        database = Database.open(self._home)
+        store = database.segments[-1]
+        rows = np.flatnonzero(~database.deleted.rows(store.chunk_id_base, store.num_chunks))
+        own = store.chunk_id_base + rows
+        found: NeighbourSet = self._retriever.search(store.keys[rows], _K)
         # Where the text stands in _K places and more, all of them are at distance 0, and this one may be behind.
         crowded_out = found.distances[:, -1] <= found.distances[:, 0]
         return int((~(found.chunk_ids == own[:, None]).any(1) & ~crowded_out).sum())

@@ -45,7 +45,8 @@ def edit_database(
         print(f"skipped {place}: {record.reason}")
     if len(skipped) > _SKIPPED_SHOWN:
         print(f"and {len(skipped) - _SKIPPED_SHOWN} more skipped")
+    unchanged = f", {report.documents_unchanged} unchanged" if report.documents_unchanged else ""
     print(
         f"generation {report.generation}: {report.documents_added} documents added ({report.chunks_added} chunks), "
-        f"{report.documents_deleted} deleted, in {report.seconds:.1f} s"
+        f"{report.documents_deleted} deleted{unchanged}, in {report.seconds:.1f} s"
     )

@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
-import pyarrow as pa
 
+from retro_ray.database.copy_documents import DocumentRun, copy_documents
 from retro_ray.database.edit_index import index_segment, store_neighbours
 from retro_ray.database.format import IndexSpec, Partition
 from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search, is_searched_exactly, train_codec
-from retro_ray.database.keys import write_keys
-from retro_ray.database.segment_writer import SegmentWriter, chunk_rows
 from retro_ray.database.split import shard_name
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.database.token_statistics import num_holding, write_token_statistics
 from retro_ray.database.transaction import Transaction
 from retro_ray.errors import DatabaseError
 
-_ROWS_PER_BLOCK = 1 << 14
 _SEED = 0
-
-
-@dataclass(frozen=True)
-class _Run:
-    """Documents of one segment that go to one shard, in order."""
-
-    store: ChunkStore
-    documents: np.ndarray
-    """int64 [n], rows in documents.arrow."""
-
-    def row_blocks(self) -> Iterator[np.ndarray]:
-        """Rows of the documents' chunks, a block at a time."""
-        first = self.store.document_first_row[self.documents]
-        count = self.store.document_num_chunks[self.documents]
-        before = np.cumsum(count) - count
-        rows = np.repeat(first - before, count) + np.arange(count.sum())
-        for start in range(0, len(rows), _ROWS_PER_BLOCK):
-            yield rows[start : start + _ROWS_PER_BLOCK]
 
 
 def compact_segments(edit: Transaction, num_shards: int) -> None:
@@ -55,7 +34,8 @@ def compact_segments(edit: Transaction, num_shards: int) -> None:
         )
     segments, next_chunk_id = [], base.next_chunk_id
     for shard, shard_runs in enumerate(runs):
-        segment = _write_shard(edit, shard, shard_runs, next_chunk_id)
+        copied = copy_documents(shard_runs, edit.directory / edit.folder / shard_name(shard), base)
+        segment = dataclasses.replace(copied, shard=shard, chunk_id_base=next_chunk_id)
         segments.append(segment)
         next_chunk_id += segment.num_chunks
     edit.drop_files(*(path for segment in base.segments for path in segment.paths))
@@ -88,7 +68,7 @@ def _count_tokens(edit: Transaction, segments: Sequence[Partition]) -> None:
     edit.replace(token_statistics=path)
 
 
-def _assign(database: Database, num_shards: int) -> list[list[_Run]]:
+def _assign(database: Database, num_shards: int) -> list[list[DocumentRun]]:
     """Live documents in their order, cut into shards of about equally many chunks; none is empty."""
     live = [
         np.flatnonzero(~database.is_deleted(store.chunk_id_base + store.document_first_row))
@@ -96,33 +76,14 @@ def _assign(database: Database, num_shards: int) -> list[list[_Run]]:
     ]
     counts = [store.document_num_chunks[documents] for store, documents in zip(database.segments, live, strict=True)]
     total, before = sum(int(count.sum()) for count in counts), 0
-    shards: dict[int, list[_Run]] = {}
+    shards: dict[int, list[DocumentRun]] = {}
     for store, documents, count in zip(database.segments, live, counts, strict=True):
         start = before + np.cumsum(count) - count
         shard_of = start * num_shards // max(1, total)
         for shard in np.unique(shard_of):
-            shards.setdefault(int(shard), []).append(_Run(store, documents[shard_of == shard]))
+            shards.setdefault(int(shard), []).append(DocumentRun(store, documents[shard_of == shard]))
         before += int(count.sum())
     return [shards[shard] for shard in sorted(shards)]
-
-
-def _write_shard(edit: Transaction, shard: int, runs: Sequence[_Run], chunk_id_base: int) -> Partition:
-    """Chunks, documents and keys of one shard, copied block by block."""
-    base = edit.base
-    folder = edit.directory / edit.folder / shard_name(shard)
-    with SegmentWriter(folder, base.chunk_length, base.vocab_size) as writer:
-        for run in runs:
-            writer.add(run.store.documents(run.documents), _chunks(run, base.vocab_size))
-    segment = writer.partition(shard_name(shard), chunk_id_base, shard)
-    keys = (run.store.keys[rows] for run in runs for rows in run.row_blocks())
-    write_keys(edit.directory / segment.keys, keys, segment.num_chunks, base.key_dim)
-    return segment
-
-
-def _chunks(run: _Run, vocab_size: int) -> Iterator[pa.Table]:
-    store = run.store
-    for rows in run.row_blocks():
-        yield chunk_rows(store.tokens(rows), store.lengths(rows), store.num_bytes(rows), vocab_size)
 
 
 def _index(edit: Transaction, segments: Sequence[Partition]) -> None:

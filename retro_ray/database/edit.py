@@ -14,13 +14,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from retro_ray.database.add_segment import Embedder, embed_segment, write_documents
+import numpy as np
+
+from retro_ray.database.add_segment import Embedder, embed_segment, write_chunked
 from retro_ray.database.compact import compact_segments
 from retro_ray.database.edit_index import index_segment, store_neighbours
 from retro_ray.database.format import Manifest, Partition, database_directory
+from retro_ray.database.merge_segments import ADDED, merge_added
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.database.transaction import Transaction, transaction
 from retro_ray.errors import InputError, MismatchError
+from retro_ray.text.chunking import ChunkedDocument, chunk_document
 from retro_ray.text.corpus import Document
 
 _NAMES_SHOWN = 5
@@ -35,6 +39,8 @@ class EditReport:
     documents_added: int = 0
     documents_deleted: int = 0
     """Those that were replaced among them."""
+    documents_unchanged: int = 0
+    """Documents of an update that the database has as they are: nothing is done for them."""
     chunks_added: int = 0
     seconds: float
 
@@ -72,6 +78,8 @@ class DatabaseEditor:
 
     def update(self, documents: Iterable[Document]) -> EditReport:
         """Put documents in place of those with their ids; add those whose ids are new.
+
+        Documents that are there already, with the same title, source and text, cost next to nothing.
 
         Raises:
             InputError: there are none, or an id comes twice.
@@ -121,37 +129,36 @@ class DatabaseEditor:
 
     def _put(self, documents: Iterable[Document], purpose: str, *, may_replace: bool) -> EditReport:
         start = time.perf_counter()
-        replaced: list[tuple[ChunkStore, int]] = []
         with self._editing(purpose) as edit:
-            embedder = self._embedder(edit.base)
-            chosen = _checked(documents, edit.database(), replaced if may_replace else None)
-            segment = self._write_segment(edit, chosen, embedder)
-            edit.set_segments([*edit.base.segments, segment])
-            if replaced:
-                edit.delete(replaced)
-            store_neighbours(edit, [segment])
-            manifest = edit.commit()
+            base, embedder = edit.base, self._embedder(edit.base)
+            chosen = _Chosen(documents, edit.database(), may_replace=may_replace)
+            folder = self._directory / edit.folder / "added"
+            writer = write_chunked(folder, chosen, base.chunk_length, base.vocab_size)
+            if writer.num_documents:
+                segment = writer.partition(f"{ADDED}{edit.generation:08d}", base.next_chunk_id, edit.smallest_shard())
+                self._put_segment(edit, segment, chosen, embedder)
+            elif not chosen.num_unchanged:
+                raise InputError("no documents to add: name files or folders that hold some")
         return EditReport(
-            generation=manifest.generation,
-            documents_added=segment.num_documents,
-            documents_deleted=len(replaced),
-            chunks_added=segment.num_chunks,
+            generation=edit.generation if writer.num_documents else base.generation,
+            documents_added=writer.num_documents,
+            documents_deleted=len(chosen.replaced),
+            documents_unchanged=chosen.num_unchanged,
+            chunks_added=writer.num_chunks,
             seconds=time.perf_counter() - start,
         )
 
-    def _write_segment(self, edit: Transaction, documents: Iterable[Document], embedder: Embedder) -> Partition:
-        """Chunk, embed and index documents: a segment of the shard that has the fewest chunks."""
-        base = edit.base
-        tokenizer = edit.database().tokenizer
-        writer = write_documents(self._directory / edit.folder / "added", documents, tokenizer, base.chunk_length)
-        if not writer.num_documents:
-            raise InputError("no documents to add: name files or folders that hold some")
-        sizes = [sum(segment.num_chunks for segment in base.segments_of(shard)) for shard in range(base.num_shards)]
-        segment = writer.partition(f"added-{edit.generation:08d}", base.next_chunk_id, sizes.index(min(sizes)))
-        embed_segment(self._directory, segment, base.chunk_length, tokenizer, embedder)
+    def _put_segment(self, edit: Transaction, segment: Partition, chosen: _Chosen, embedder: Embedder) -> None:
+        """Make a segment of documents that are chunked part of the database, in place of those that they replace."""
+        embed_segment(self._directory, segment, edit.base.chunk_length, chosen.tokenizer, embedder)
         edit.add_files(segment.chunks, segment.documents, segment.ids, segment.keys)
         index_segment(edit, segment)
-        return segment
+        edit.set_segments([*edit.base.segments, segment])
+        if chosen.replaced:
+            edit.delete(chosen.replaced)
+        store_neighbours(edit, [segment])
+        merge_added(edit)
+        edit.commit()
 
     def _embedder(self, manifest: Manifest) -> Embedder:
         """The embedder that the database was built with."""
@@ -179,24 +186,45 @@ class DatabaseEditor:
             self._announce(self._directory)
 
 
-def _checked(
-    documents: Iterable[Document], database: Database, replaced: list[tuple[ChunkStore, int]] | None
-) -> Iterator[Document]:
-    """The documents one by one, each with an id of its own; those that they replace go into `replaced`."""
-    seen: set[str] = set()
-    for document in documents:
-        if document.id in seen:
-            raise InputError(f"two documents have the id {document.id!r}: make the ids unique; nothing was changed")
-        seen.add(document.id)
-        place = database.find_document(document.id)
-        if place is not None:
-            if replaced is None:
-                raise InputError(
-                    f"the document {document.id!r} is in the database already: replace it with update; nothing was "
-                    "added"
-                )
-            replaced.append(place)
-        yield document
+class _Chosen:
+    """The documents of an edit as chunks, one by one: each with an id of its own, and new or changed."""
+
+    def __init__(self, documents: Iterable[Document], database: Database, *, may_replace: bool) -> None:
+        self._documents, self._database, self._may_replace = documents, database, may_replace
+        self.tokenizer = database.tokenizer
+        self.replaced: list[tuple[ChunkStore, int]] = []
+        """Segment and row of what they replace."""
+        self.num_unchanged = 0
+        """Documents that the database has as they are."""
+
+    def __iter__(self) -> Iterator[ChunkedDocument]:
+        seen: set[str] = set()
+        for document in self._documents:
+            if document.id in seen:
+                raise InputError(f"two documents have the id {document.id!r}: make the ids unique; nothing was changed")
+            seen.add(document.id)
+            chunked = chunk_document(document, self.tokenizer, self._database.chunk_length)
+            place = self._database.find_document(document.id)
+            if place is not None:
+                if not self._may_replace:
+                    raise InputError(
+                        f"the document {document.id!r} is in the database already: replace it with update; nothing "
+                        "was added"
+                    )
+                if _is_same(chunked, *place):
+                    self.num_unchanged += 1
+                    continue
+                self.replaced.append(place)
+            yield chunked
+
+
+def _is_same(document: ChunkedDocument, store: ChunkStore, row: int) -> bool:
+    """Whether a document stands in a segment with the same title, source and text."""
+    ref = store.document_ref(row)
+    if (document.title, document.source) != (ref.title, ref.source):
+        return False
+    rows = np.arange(*store.document_rows(row))
+    return np.array_equal(store.tokens(rows), document.tokens) and np.array_equal(store.lengths(rows), document.lengths)
 
 
 def _named(names: Sequence[str]) -> str:

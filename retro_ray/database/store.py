@@ -84,12 +84,10 @@ class ChunkStore:
     def _document_index(self) -> DocumentIndex:
         return DocumentIndex(self._directory / self.partition.ids)
 
-    def find_document(self, document_id: str) -> int:
-        """The row of the document with this id; -1 where there is none."""
-        for document in self._document_index.rows(document_id):
-            if self.document_ref(document).id == document_id:
-                return document
-        return -1
+    def documents_of(self, document_id: str) -> list[int]:
+        """Rows of the documents with this id; more than one where a version that was deleted stands beside another."""
+        rows = self._document_index.rows(document_id)
+        return [document for document in rows if self.document_ref(document).id == document_id]
 
     def map_files(self) -> None:
         """Open the documents and the stored neighbours, which are otherwise opened when they are first asked for."""
@@ -230,9 +228,9 @@ class Database:
     def find_document(self, document_id: str) -> tuple[ChunkStore, int] | None:
         """Segment and row of the document with this id; None where the database has none, or no longer."""
         for store in reversed(self.segments):
-            document = store.find_document(document_id)
-            if document >= 0 and not self.is_deleted(store.chunk_id_base + store.document_first_row[document]):
-                return store, document
+            for document in store.documents_of(document_id):
+                if not self.is_deleted(store.chunk_id_base + store.document_first_row[document]):
+                    return store, document
         return None
 
     def is_deleted(self, chunk_ids: np.ndarray) -> np.ndarray:

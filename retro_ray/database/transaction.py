@@ -37,6 +37,7 @@ class Transaction:
         self.generation = next_generation(base)
         self.folder = f"edit-{self.generation:08d}"
         self.manifest = dataclasses.replace(base, generation=self.generation)
+        self.is_committed = False
         self._written: set[str] = set()
 
     def replace(self, **changes: Any) -> None:
@@ -55,6 +56,7 @@ class Transaction:
     def drop_files(self, *paths: str) -> None:
         """Take files out of the manifest; on the disk they stay until readers had time to go on."""
         dropped = set(paths)
+        self._written -= dropped
         self.replace(files={path: record for path, record in self.manifest.files.items() if path not in dropped})
 
     def delete(self, documents: Sequence[tuple[ChunkStore, int]]) -> None:
@@ -81,6 +83,16 @@ class Transaction:
             num_deleted_bytes=self.manifest.num_deleted_bytes + num_bytes,
         )
 
+    def smallest_shard(self, without: Sequence[Partition] = ()) -> int:
+        """The shard that has the fewest chunks, some segments not counted."""
+        segments = [segment for segment in self.manifest.segments if segment not in without]
+        num_chunks = np.bincount(
+            [segment.shard for segment in segments],
+            weights=[segment.num_chunks for segment in segments],
+            minlength=self.manifest.num_shards,
+        )
+        return int(num_chunks.argmin())
+
     def set_segments(self, segments: Sequence[Partition]) -> None:
         """Replace the segments; chunk_ids behind the last one are free."""
         last = segments[-1]
@@ -92,7 +104,9 @@ class Transaction:
         Raises:
             DatabaseError: the database is no longer the one that the edit began with.
         """
-        return commit(self.directory, self.manifest, self.base, self._written)
+        manifest = commit(self.directory, self.manifest, self.base, self._written)
+        self.is_committed = True
+        return manifest
 
 
 @contextmanager
@@ -114,8 +128,9 @@ def transaction(directory: Path, purpose: str) -> Iterator[Transaction]:
         folder.mkdir()
         try:
             yield edit
-        except BaseException:
-            if next_generation(committed(directory)) <= edit.generation:
+        finally:
+            now = committed(directory)  # what was committed last, even if an error came right behind it
+            if now is not None and now.generation < edit.generation:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise
-        remove_leftovers(directory, [read_manifest(directory), edit.base], keep_unfinished=True)
+        if edit.is_committed:
+            remove_leftovers(directory, [read_manifest(directory), edit.base], keep_unfinished=True)

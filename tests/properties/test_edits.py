@@ -66,9 +66,12 @@ class Edits(RuleBasedStateMachine):
     def update(self, chosen: dict[str, str]) -> None:
         new = {name: document(name, text) for name, text in chosen.items()}
         report = self._editor.update(new.values())
-        assert report.documents_deleted == len(self._documents.keys() & new.keys())
+        same = [name for name, one in new.items() if self._documents.get(name) == one]
+        assert report.documents_unchanged == len(same)
+        assert report.documents_added == len(new) - len(same)
+        assert report.documents_deleted == len(self._documents.keys() & new.keys()) - len(same)
         self._documents |= new
-        self._generation += 1
+        self._generation += len(same) < len(new)
 
     @rule(chosen=st.sets(names, min_size=1, max_size=3))
     def delete(self, chosen: set[str]) -> None:

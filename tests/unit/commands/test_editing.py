@@ -59,6 +59,7 @@ def test_the_four_commands(
         "generation": 2,
         "documents_added": 2,
         "documents_deleted": 1,
+        "documents_unchanged": 0,
         "chunks_added": 2,
         "skipped_records": {"missing column": 1},
     }

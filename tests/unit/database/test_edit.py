@@ -118,11 +118,58 @@ def test_only_what_is_added_is_embedded_and_read(home: Path, monkeypatch: pytest
 
 
 def test_an_added_segment_goes_to_the_shard_with_the_fewest_chunks(home: Path, editor: DatabaseEditor) -> None:
-    for number in range(4):
+    for number, num_words in enumerate([300, 100, 40, 10]):
         manifest = Database.open(home).manifest
         sizes = [sum(segment.num_chunks for segment in manifest.segments_of(shard)) for shard in (0, 1)]
-        editor.add([document(f"new {number}", "alpha " * 60)])
+        editor.add([document(f"new {number}", "alpha " * num_words)])
         assert Database.open(home).manifest.segments[-1].shard == int(np.argmin(sizes))
+
+
+def test_many_small_additions_leave_few_segments(home: Path, editor: DatabaseEditor) -> None:
+    """Merged without any chunk or stored neighbour changing its number."""
+    built = len(Database.open(home).manifest.segments)
+    expected: dict[int, tuple[str, list[int]]] = {}
+    for number in range(17):
+        name = f"new {number}"
+        editor.add([document(name, "sigma tau")])
+        database = Database.open(home)
+        store, row = database.find_document(name) or (None, -1)
+        assert store is not None
+        chunk_id = store.chunk_id_base + store.document_rows(row)[0]
+        neighbours = store.neighbours.gather("chunk_ids", np.array([chunk_id - store.chunk_id_base]))[0].tolist()
+        expected[chunk_id] = name, neighbours
+        if number == 6:
+            editor.delete(["new 3"])
+            editor.update([document("new 4", "pi")])
+    database = Database.open(home)
+    manifest = database.manifest
+    assert len(manifest.segments) - built <= 5
+    assert {segment.shard for segment in manifest.segments} <= {0, 1}
+    assert manifest.num_live_documents == len(NAMES) + 16
+    for chunk_id, (name, neighbours) in expected.items():
+        segment, row = database.locate(np.array([chunk_id]))
+        if name in ("new 3", "new 4"):
+            assert segment[0] == -1
+            continue
+        store = database.segments[segment[0]]
+        assert store.document_ref(int(store.document_of(row)[0])).id == name
+        assert store.neighbours.gather("chunk_ids", row)[0].tolist() == neighbours
+    assert text_of(home, "new 4") == "pi"
+    assert "new 3" not in live_ids(home)
+    database.check_files(*manifest.files)
+
+
+def test_an_update_leaves_alone_what_has_not_changed(home: Path) -> None:
+    embedder = HashEmbedder()
+    editor = DatabaseEditor(home, embedder=embedder)
+    changed = dataclasses.replace(document("d2"), title="Another title")
+    report = editor.update([document("d1"), changed, document("d3"), document("d4", "rho " * 9)])
+    assert (report.documents_added, report.documents_deleted, report.documents_unchanged) == (2, 2, 2)
+    assert embedder.num_texts == report.chunks_added
+    before = Database.open(home), files_of(home)
+    report = editor.update([document(name) for name in ("d0", "d1")])
+    assert (report.generation, report.documents_added, report.documents_unchanged) == (2, 0, 2)
+    assert_nothing_changed(home, before)
 
 
 def test_new_chunks_get_neighbours_among_old_and_new_but_not_in_their_document(
@@ -429,7 +476,7 @@ def test_new_files_are_on_the_disk_before_the_manifest(
     monkeypatch.setattr(os, "fsync", flush)
     monkeypatch.setattr(os, "replace", swap)
     before = read_manifest(directory)
-    editor.update([document("d1"), document("new")])
+    editor.update([document("d1", "kappa"), document("new")])
     written = [path for path in read_manifest(directory).files if path not in before.files]
     assert len(written) >= 6
     at = flushed.index("manifest")
