@@ -74,7 +74,8 @@ class IndexShard:
         Args:
             queries: from the QueryEncoder of the codec this segment's index was made from.
             num_candidates: about how many to list.
-            excluded_rows: int64 [Q, 2], first and last row to pass over; (-1, -1): none.
+            excluded_rows: int64 [Q, 2], first and last row to pass over, which may lie outside the segment; (-1, -1):
+                none.
 
         Returns:
             Rows that are deleted or excluded are not listed; how many are listed then varies.
@@ -117,8 +118,7 @@ class IndexShard:
         for group, (first, last) in enumerate(ranges):
             members = np.flatnonzero(group_of.reshape(-1) == group)
             allowed = np.ones(self.num_rows, bool) if self._deleted is None else ~self._deleted
-            if first >= 0:
-                allowed[first : last + 1] = False
+            allowed[max(0, first) : max(0, last + 1)] = False
             selector = FAISS.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
             found = self._find(queries[members], num_candidates, selector)
             for name in ("coarse", "distances", "ids", "hidden_from"):

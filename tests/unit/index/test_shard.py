@@ -120,6 +120,14 @@ def test_all_excluded() -> None:
     assert np.isinf(distances[0]).all()
 
 
+@pytest.mark.parametrize("num_candidates", [10, 1500])
+def test_what_is_excluded_may_begin_before_the_segment(num_candidates: int) -> None:
+    keys = np.arange(2000, dtype=np.float32)[:, None] * np.ones(2, np.float32)
+    prepared = QueryEncoder(FLAT, None).prepare(np.zeros((2, 2), np.float32))
+    found = IndexShard(FLAT, keys).candidates(prepared, num_candidates, np.array([[-5, 4], [-9, -2]]))
+    assert [min(row[row >= 0]) for row in found.ids] == [5, 0]
+
+
 # Compressed indexes. ------------------------------------------------------------------------------------------
 
 DIM = 16
