@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 
 import hypothesis
 import pytest
 
-# No test asserts on time: a machine may be busy.
-hypothesis.settings.register_profile("retro_ray", deadline=None)
+# Models and indexes of the tests are so small that threads of torch, FAISS and OpenBLAS only wait for one another, and
+# by default they wait computing: for minutes on a busy machine. Read when those are loaded, so here.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the tests that take several, as unit/test_threads.py
+
+# No test asserts on time: a machine may be busy. Where `CI` is set (by `.ci/run`, too) all examples are those of the
+# run before: a change fails for what is in it.
+hypothesis.settings.register_profile("retro_ray", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("retro_ray")
 
 
-@pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    """A Ray cluster of this test module's own, on the loopback, as the jobs start it."""
-    import ray  # the tests without it do not wait for its import
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: tests that start a Ray of their own, then those that share one, then all others."""
 
-    from retro_ray.ray_session import connect
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("ray") is None:
+            return 2
+        return 1 if "ray_cluster" in getattr(item, "fixturenames", ()) else 0
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", "local")
-        connect()
-    yield
-    ray.shutdown()
+    items.sort(key=place)

@@ -1,17 +1,29 @@
-"""A corpus of some 60 small documents in three formats, with records that cannot be read."""
+"""A corpus of some 60 small documents in three formats, with records that cannot be read, and its database."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from retro_ray.config import CorpusConfig, DatabaseConfig
+from retro_ray.database.format import Manifest
+from retro_ray.database.store import Database
 from retro_ray.text.corpus import Document
 
+M = 32
+CONFIG = DatabaseConfig(tokenizer="train:400", chunk_length=M, num_shards=3, num_neighbours=6, validation_share=0.15)
+FLAGS = (
+    *("--tokenizer", "train:400", "--chunk-length", str(M), "--num-shards", "3"),
+    *("--num-neighbours", "6", "--validation-share", "0.15"),
+)
+"""The same for jobs/index.py."""
 WORDS = [
     "river",
     "mountain",
@@ -51,6 +63,24 @@ BAD_RECORDS = [
     ("b.jsonl.gz", 12, "missing column"),
     ("c-broken.txt", 2, "invalid UTF-8"),
 ]
+
+
+@dataclass
+class Built:
+    """A database, and what it was made from."""
+
+    home: Path
+    corpus: CorpusConfig
+    documents: list[Document]
+    manifest: Manifest
+
+    @property
+    def database(self) -> Database:
+        return Database.open(self.home)
+
+    def copy(self, home: Path) -> Path:
+        """The same database in another home; times of change stay."""
+        return shutil.copytree(self.home, home)
 
 
 def write_corpus(folder: Path) -> list[Document]:

@@ -3,11 +3,8 @@
 import dataclasses
 import json
 import os
-import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,47 +12,15 @@ import pytest
 
 from jobs.index import IndexJob, explain, main
 from retro_ray.command_line import parse, run
-from retro_ray.config import CorpusConfig, DatabaseConfig
 from retro_ray.database.build import DatabaseBuilder
 from retro_ray.database.format import Manifest, file_problem, read_manifest
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.embedding import ChunkEmbedder
 from retro_ray.errors import DatabaseError
-from retro_ray.text.corpus import Document
 from retro_ray.text.tokenizer import train_tokenizer
-from tests.integration.small_corpus import BAD_RECORDS, write_corpus
+from tests.integration.small_corpus import BAD_RECORDS, CONFIG, Built, M
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
-ROOT = Path(__file__).parents[2]
-M = 32
-CONFIG = DatabaseConfig(tokenizer="train:400", chunk_length=M, num_shards=3, num_neighbours=6, validation_share=0.15)
-
-
-@dataclass
-class Built:
-    """A database, and what it was made from."""
-
-    home: Path
-    corpus: CorpusConfig
-    documents: list[Document]
-    manifest: Manifest
-
-    @property
-    def database(self) -> Database:
-        return Database.open(self.home)
-
-    def copy(self, home: Path) -> Path:
-        """The same database in another home; times of change stay."""
-        return shutil.copytree(self.home, home)
-
-
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> Built:
-    folder = tmp_path_factory.mktemp("built")
-    documents = write_corpus(folder / "in")
-    corpus = CorpusConfig(input=(str(folder / "in"),))
-    manifest = DatabaseBuilder(folder / "home", corpus, CONFIG).run()
-    return Built(folder / "home", corpus, documents, manifest)
 
 
 def stores_of(database: Database) -> list[ChunkStore]:
@@ -175,6 +140,7 @@ def test_again_there_is_nothing_to_do(built: Built) -> None:
     assert stamps(built.home) == before
 
 
+@pytest.mark.usefixtures("one_cpu")
 def test_a_changed_setting_makes_a_new_version_and_the_old_one_stays_readable(built: Built, tmp_path: Path) -> None:
     home = built.copy(tmp_path / "home")
     old = Database.open(home)
@@ -209,6 +175,7 @@ def test_what_a_killed_commit_left_is_cleared_away(built: Built, tmp_path: Path)
     assert not (build / "work").exists()
 
 
+@pytest.mark.usefixtures("one_cpu")
 def test_a_damaged_database_is_built_again(built: Built, tmp_path: Path) -> None:
     home = built.copy(tmp_path / "home")
     path = home / "database" / built.manifest.segments[1].keys
@@ -223,7 +190,7 @@ def test_a_damaged_database_is_built_again(built: Built, tmp_path: Path) -> None
 def test_of_two_builders_at_once_the_second_is_told(built: Built, tmp_path: Path) -> None:
     class First(DatabaseBuilder):
         def _plan(self) -> list:
-            with pytest.raises(DatabaseError, match="being changed .building it, process") as caught:
+            with pytest.raises(DatabaseError, match=r"being changed .building it, process") as caught:
                 DatabaseBuilder(tmp_path, built.corpus, CONFIG).run()
             assert "\n" not in str(caught.value)
             raise InterruptedError
@@ -303,6 +270,7 @@ def test_bad_input_is_one_line(
         Database.open(tmp_path / "home")
 
 
+@pytest.mark.usefixtures("one_cpu")
 def test_a_corpus_smaller_than_its_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Fewer documents than shards, fewer chunks than neighbours: fewer shards, and neighbours that are masked."""
     (tmp_path / "in.jsonl").write_text('{"id": "a", "text": "one text"}\n{"id": "b", "text": "another one"}\n')
@@ -334,6 +302,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)  # shard actors may still hold files of it
 
 
+@pytest.mark.usefixtures("one_cpu")
 @pytest.mark.parametrize("free_bytes", [1_000, 150_000, 900_000])
 def test_a_full_disk_is_one_line_and_the_database_before_is_whole(
     built: Built, small_disk: Path, capsys: pytest.CaptureFixture[str], free_bytes: int
@@ -355,19 +324,3 @@ def test_a_full_disk_is_one_line_and_the_database_before_is_whole(
         (small_disk / "ballast").unlink()
         assert run_job(*arguments) == 0
         assert read_manifest(home / "database").version != built.manifest.version
-
-
-def test_the_script_itself(tmp_path: Path, bad_input: Path) -> None:
-    """One process as a user starts it, with a cluster of its own."""
-    command = [sys.executable, str(ROOT / "jobs" / "index.py"), "--home", str(tmp_path / "home"), "--json"]
-    finished = subprocess.run(
-        [*command, "--input", str(bad_input / "bad.jsonl"), "--on-error", "fail"],
-        env={**os.environ, "RAY_ADDRESS": "local"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 1
-    assert "Traceback" not in finished.stderr
-    assert "line 2" in finished.stderr.splitlines()[-1]
-    assert finished.stdout == ""

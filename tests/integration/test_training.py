@@ -3,49 +3,26 @@
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-import ray
 import torch
 
 from retro_ray.errors import RetroRayError
-from retro_ray.ray_session import _keep_to_loopback
 from retro_ray.training.checkpoint import list_checkpoints, load_model
 from retro_ray.training.loop import fit
 from retro_ray.training.progress import read_metrics
 from retro_ray.training.trainer import Trainer, TrainingJob
 from tests.fakes import tiny_run_config, write_tiny_database
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    # A folder of its own, short enough for the paths of sockets in it.
-    temporary = tempfile.mkdtemp(prefix="rr", dir="/tmp")
-    _keep_to_loopback()
-    context = ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=150_000_000,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=temporary,
-    )
-    yield context
-    ray.shutdown()
-    shutil.rmtree(temporary, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +72,8 @@ def with_one_thread(job: TrainingJob) -> None:
     torch.set_num_threads(threads)
 
 
-def test_two_workers_of_which_one_is_killed_give_the_curve_of_one_process(cluster, home, tmp_path):
-    settings = {"num_steps": 120, "checkpoint_every": 10, "evaluate_every": 60, "learning_rate": 1e-3}
+def test_two_workers_of_which_one_is_killed_give_the_curve_of_one_process(home, tmp_path):
+    settings = {"num_steps": 80, "checkpoint_every": 10, "evaluate_every": 40, "learning_rate": 1e-3}
     alone = job_of(home, tmp_path / "alone", **settings)
     with_one_thread(alone)
 
@@ -115,15 +92,15 @@ def test_two_workers_of_which_one_is_killed_give_the_curve_of_one_process(cluste
 
     assert killed, "a worker was killed in the middle"
     assert any(line.startswith("continuing from step ") for line in lines)
-    assert not any(line.startswith("continuing from step 120") for line in lines)
-    assert outcome.steps == 120
+    assert not any(line.startswith("continuing from step 80") for line in lines)
+    assert outcome.steps == 80
     ours, reference = rows_of(job.run_directory), rows_of(alone.run_directory)
     assert [row["step"] for row in ours] == [row["step"] for row in reference]
     for a, b in zip(ours, reference, strict=True):
         assert a == pytest.approx(b, rel=1e-3), "two workers share the batches of one"
 
 
-def test_an_error_that_a_user_can_mend_is_one_line_and_is_not_tried_again(cluster, home, tmp_path):
+def test_an_error_that_a_user_can_mend_is_one_line_and_is_not_tried_again(home, tmp_path):
     job = job_of(home, tmp_path, num_steps=5, num_warmup_steps=0)
     model = dataclasses.replace(job.config.model, num_neighbours=9)
     job = dataclasses.replace(job, config=dataclasses.replace(job.config, model=model))
@@ -133,9 +110,8 @@ def test_an_error_that_a_user_can_mend_is_one_line_and_is_not_tried_again(cluste
     assert "\n" not in str(caught.value)
 
 
-def start(home: Path, *flags: str) -> subprocess.Popen:
-    """jobs/train.py as a program, on the test's cluster."""
-    address = ray.get_runtime_context().gcs_address
+def start(home: Path, address: str, *flags: str) -> subprocess.Popen:
+    """jobs/train.py as a program, on the tests' cluster."""
     command = [sys.executable, str(REPOSITORY / "jobs" / "train.py"), "--home", str(home), "--json", *flags]
     return subprocess.Popen(
         command,
@@ -146,25 +122,12 @@ def start(home: Path, *flags: str) -> subprocess.Popen:
     )
 
 
-@pytest.fixture
-def one_cpu(cluster):
-    """Holds one of the cluster's two CPUs, so that a job's one worker computes on one thread."""
-
-    class Occupant:
-        pass
-
-    occupant = ray.remote(Occupant).options(num_cpus=1).remote()
-    ray.get(occupant.__ray_ready__.remote())
-    yield
-    ray.kill(occupant)
-
-
-def test_a_job_killed_and_resumed_gives_the_rows_of_an_undisturbed_one(one_cpu, tmp_path):
+def test_a_job_killed_and_resumed_gives_the_rows_of_an_undisturbed_one(one_cpu, ray_cluster, tmp_path):
     database = write_tiny_database(tmp_path)
     flags = ["--num-workers=1", "--steps=40", "--checkpoint-every=10", "--evaluate-every=25", "--precision=fp32"]
     run = tmp_path / "runs" / "default"
 
-    job = start(tmp_path, *flags)
+    job = start(tmp_path, ray_cluster, *flags)
     wait_for(lambda: list_checkpoints(run))
     job.kill()
     for process in training_processes():
@@ -173,7 +136,7 @@ def test_a_job_killed_and_resumed_gives_the_rows_of_an_undisturbed_one(one_cpu, 
     assert len([row for row in rows_of(run) if "loss" in row]) < 40, "it was killed in the middle"
     wait_for(lambda: not training_processes())
 
-    resumed = start(tmp_path, *flags, "--resume")
+    resumed = start(tmp_path, ray_cluster, *flags, "--resume")
     output, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     assert "continuing from step 10" in errors

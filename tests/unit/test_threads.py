@@ -1,0 +1,47 @@
+"""What all other tests show with one thread, with two: what is computed does not depend on their number."""
+
+from collections.abc import Iterator
+
+import faiss
+import pytest
+import torch
+
+from tests.unit import test_embedding
+from tests.unit.index import test_shard
+from tests.unit.model import test_information_flow
+
+NUM_THREADS = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_threads() -> Iterator[None]:
+    before = torch.get_num_threads(), faiss.omp_get_max_threads()
+    torch.set_num_threads(NUM_THREADS)
+    faiss.omp_set_num_threads(NUM_THREADS)
+    yield
+    torch.set_num_threads(before[0])
+    faiss.omp_set_num_threads(before[1])
+
+
+def test_there_are_several() -> None:
+    assert torch.get_num_threads() == faiss.omp_get_max_threads() == NUM_THREADS
+
+
+test_exact_search_is_brute_force = test_shard.test_exact_search_is_brute_force
+test_ties_far_beyond_the_margin = test_shard.test_ties_far_beyond_the_margin
+test_long_keys_in_large_batches = test_shard.test_long_keys_in_large_batches
+test_an_answer_does_not_depend_on_the_batch = test_shard.test_an_answer_does_not_depend_on_the_batch
+
+clustered, codec = test_shard.clustered, test_shard.codec
+test_a_compressed_index_respects_exclusions_and_refills = (
+    test_shard.test_a_compressed_index_respects_exclusions_and_refills
+)
+
+fp32, reference = test_embedding.fp32, test_embedding.reference
+test_equal_calls_are_equal_to_the_bit = test_embedding.test_equal_calls_are_equal_to_the_bit
+test_a_key_belongs_to_its_text_in_any_order = test_embedding.test_a_key_belongs_to_its_text_in_any_order
+
+_kernel = test_information_flow._kernel
+test_no_neighbours_none_left_and_all_masked_are_bitwise_alike = (
+    test_information_flow.test_no_neighbours_none_left_and_all_masked_are_bitwise_alike
+)
