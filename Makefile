@@ -17,7 +17,7 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[bench]
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .[bench,eval]
 	touch $@
 
 # Peers that benchmarks run beside us and that need other versions of what we need.
@@ -55,6 +55,7 @@ bench: $(VENV)/.bench .venv-peers/.installed
 	$(BIN)/python -m benchmarks.embedding --json results/embedding.json
 	$(BIN)/python -m benchmarks.indexing --json results/indexing.json
 	$(BIN)/python -m benchmarks.generation --json results/generation.json
+	$(BIN)/python -m benchmarks.harness --json results/harness.json
 
 clean:
 	rm -rf $(VENV) .venv-peers results
