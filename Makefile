@@ -56,6 +56,7 @@ bench: $(VENV)/.bench .venv-peers/.installed
 	$(BIN)/python -m benchmarks.indexing --json results/indexing.json
 	$(BIN)/python -m benchmarks.generation --json results/generation.json
 	$(BIN)/python -m benchmarks.harness --json results/harness.json
+	$(BIN)/python -m benchmarks.load --json results/load.json
 
 clean:
 	rm -rf $(VENV) .venv-peers results
