@@ -16,7 +16,7 @@ from benchmarks.chunks import read_documents
 from benchmarks.embedders import EmbedderPool
 from retro_ray.database.format import IndexSpec, Manifest, Partition, file_record, fingerprint, write_manifest
 from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search, is_searched_exactly, train_codec
-from retro_ray.database.keys import key_blocks, write_keys
+from retro_ray.database.keys import key_blocks, read_keys, write_keys
 from retro_ray.database.store import Database
 from retro_ray.index.build import fill_index, read_index, write_index
 from retro_ray.ray_session import connect
@@ -92,9 +92,9 @@ class KeyDatabase:
         """The same keys under the same codec and search parameters, in several shards."""
         folder = Path(tempfile.mkdtemp(prefix="retro-ray-keys-"))
         directory = folder / "database"
-        keys = np.concatenate([segment.keys for segment in self.database.segments])
-        segments = _write_segments(directory, keys, num_shards)
         manifest = self.database.manifest
+        keys = np.concatenate([read_keys(self.database.directory / segment.keys) for segment in manifest.segments])
+        segments = _write_segments(directory, keys, num_shards)
         if manifest.codec is not None:
             codec = directory / "bench" / "codec.faiss"
             shutil.copy(self.database.directory / manifest.codec, codec)

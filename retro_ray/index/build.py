@@ -22,7 +22,7 @@ from retro_ray.index.exact import unbatched_distances
 
 MAX_EXACT_CHUNKS = 60_000
 """Up to here an exact search is fast enough, and needs neither training nor tuning."""
-TRAINING_KEYS_PER_LIST = 64
+TRAINING_KEYS_PER_LIST = 128
 """Keys per inverted list that k-means is trained on; FAISS warns under 39 and gains nothing over 256."""
 _MIN_NUM_LISTS = 64
 _WRITE_BYTES = 1 << 24

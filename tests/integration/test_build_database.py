@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import subprocess
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 from jobs.index import IndexJob, explain, main
 from retro_ray.command_line import parse, run
 from retro_ray.database.build import DatabaseBuilder
+from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.format import Manifest, file_problem, read_manifest
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.embedding import ChunkEmbedder
@@ -185,6 +187,43 @@ def test_a_damaged_database_is_built_again(built: Built, tmp_path: Path) -> None
     manifest = DatabaseBuilder(home, built.corpus, CONFIG).run()
     assert (manifest.version, manifest.files) == (built.manifest.version, built.manifest.files)
     Database.open(home).check_files(*manifest.files)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_a_build_does_not_discard_edits_unless_it_is_told_to(
+    built: Built, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    home = built.copy(tmp_path / "home")
+    editor = DatabaseEditor(home)
+    editor.delete([built.database.segments[0].document_ref(0).id])
+    editor.compact()
+    edited = Database.open(home).manifest
+    with caplog.at_level(logging.INFO):
+        assert DatabaseBuilder(home, built.corpus, CONFIG).run() == edited
+    assert "2 edits, which --discard-edits undoes" in caplog.text
+    with pytest.raises(DatabaseError, match=r"was edited 2 times .* --discard-edits"):
+        DatabaseBuilder(home, built.corpus, dataclasses.replace(CONFIG, num_neighbours=4)).run()
+    assert Database.open(home).manifest == edited
+    Database.open(home).check_files(*edited.files)
+
+    manifest = DatabaseBuilder(home, built.corpus, CONFIG, discard_edits=True).run()
+    assert (manifest.version, manifest.files) == (built.manifest.version, built.manifest.files)
+    assert (manifest.generation, manifest.num_edits) == (edited.generation + 1, 0)
+    Database.open(home).check_files(*manifest.files)
+
+
+@pytest.mark.usefixtures("one_cpu")
+def test_a_damaged_edited_database_is_not_built_again_unasked(built: Built, tmp_path: Path) -> None:
+    home = built.copy(tmp_path / "home")
+    DatabaseEditor(home).delete([built.database.segments[0].document_ref(0).id])
+    (home / "database" / built.manifest.segments[1].keys).write_bytes(b"damaged")
+    before = stamps(home)
+    with pytest.raises(DatabaseError, match=r"is damaged .*keys\.npy.* --discard-edits"):
+        DatabaseBuilder(home, built.corpus, CONFIG).run()
+    after = stamps(home)
+    assert {path: stamp for path, stamp in after.items() if "/work/" not in str(path)} == before
+    manifest = DatabaseBuilder(home, built.corpus, CONFIG, discard_edits=True).run()
+    assert (manifest.version, manifest.files) == (built.manifest.version, built.manifest.files)
 
 
 def test_of_two_builders_at_once_the_second_is_told(built: Built, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_copy_counts_once_and_only_where_it_is_new() -> None:
     tokens = np.array([1, 2, 3, 4, 5, 6, 7, 8, 5, 6, 7, 8])
     neighbours = np.full((3, 1, 2 * M), -1)
     neighbours[:2, 0, :5] = [4, 5, 6, 7, 8]
-    # Chunk 2 copies 4 5 6 7 8 from its second token on; in chunk 3 the 3-grams 5 6 7 and 6 7 8 stand in the own context by then.
+    # Chunk 2 copies 4 5 6 7 8 from its second token on; by chunk 3 the 3-grams stand in the text's own context.
     assert np.flatnonzero(newly_copyable(tokens, neighbours, M, 448, 3)).tolist() == [5, 6, 7]
     assert np.flatnonzero(newly_copyable(tokens, neighbours, M, 3, 3)).tolist() == [5, 6, 7, 10, 11]
 
