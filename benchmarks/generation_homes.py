@@ -19,7 +19,7 @@ MIN_CHUNKS = 50_000
 
 
 def require_database(home: Path | None, cache: Path) -> Path:
-    """`home`, or one built from python-docs in `cache`, with as many tokens in the vocabulary as the paper's.
+    """`home`, or one built from python-docs in `cache`. (A larger vocabulary would leave fewer chunks than are wanted.)
 
     Raises:
         ConfigError: `home` is too small to say anything.
@@ -29,7 +29,7 @@ def require_database(home: Path | None, cache: Path) -> Path:
         try:
             Database.open(home)
         except RetroRayError:
-            _run("jobs/index.py", "--home", str(home), "--tokenizer", "train:32000")
+            _run("jobs/index.py", "--home", str(home))
     database = Database.open(home)
     if database.manifest.num_chunks < MIN_CHUNKS:
         raise ConfigError(
