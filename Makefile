@@ -54,6 +54,8 @@ bench: $(VENV)/.bench .venv-peers/.installed
 	mkdir -p results
 	$(BIN)/python -m benchmarks.embedding --json results/embedding.json
 	$(BIN)/python -m benchmarks.indexing --json results/indexing.json
+	$(BIN)/python -m benchmarks.retrieval --json results/retrieval.json
+	$(BIN)/python -m benchmarks.faults --json results/faults.json
 	$(BIN)/python -m benchmarks.generation --json results/generation.json
 	$(BIN)/python -m benchmarks.harness --json results/harness.json
 	$(BIN)/python -m benchmarks.load --json results/load.json
