@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ class Assess:
 
     paths: tyro.conf.Positional[tuple[str, ...]]
     """Files, folders and globs of documents; see jobs/index.py --input."""
+    home: Path | None = None
+    """Assess with the tokenizer, chunk length and embedder of this home's database. Default: those of a new one."""
     max_chunks: int = 16_000
     """Assess a random sample of the documents with about so many chunks; embedding them takes most of the time."""
     text_column: str = "text"
@@ -32,22 +35,37 @@ class Assess:
     """Print one JSON object."""
 
     def run(self) -> None:
+        from retro_ray.database.store import Database
         from retro_ray.embedding import ChunkEmbedder
         from retro_ray.evaluation.assess import assess
         from retro_ray.progress import progress_bar
+        from retro_ray.retrieval.retriever import open_embedder
         from retro_ray.text.tokenizer import train_tokenizer
 
         if self.max_chunks < 2:
             raise ConfigError(f"--max-chunks is {self.max_chunks}; it must be at least 2")
         documents, share = self._sample()
-        tokenizer = train_tokenizer((document.text for document in documents), _VOCAB_SIZE, f"train:{_VOCAB_SIZE}")
-        embedder = ChunkEmbedder()
+        if self.home is not None:
+            database = Database.open(self.home)
+            tokenizer, chunk_length = database.tokenizer, database.chunk_length
+            embedder = open_embedder(database)
+        else:
+            texts = (document.text for document in documents)
+            tokenizer, chunk_length = train_tokenizer(texts, _VOCAB_SIZE, f"train:{_VOCAB_SIZE}"), _CHUNK_LENGTH
+            embedder = ChunkEmbedder()
 
         def embed(texts: Sequence[str]) -> np.ndarray:
             starts = progress_bar(None, "embed", " pages", iterable=range(0, len(texts), _TEXTS_PER_PAGE))
             return np.concatenate([embedder.embed(texts[start : start + _TEXTS_PER_PAGE]) for start in starts])
 
-        result = assess(documents, tokenizer, embed, group_of=lambda document: document.source, seed=self.seed)
+        result = assess(
+            documents,
+            tokenizer,
+            embed,
+            chunk_length=chunk_length,
+            group_of=lambda document: document.source,
+            seed=self.seed,
+        )
         description = describe(result, share)
         print(json.dumps(description, indent=2, ensure_ascii=False) if self.json else as_text(description))
 
@@ -69,6 +87,7 @@ class Assess:
 
 
 _VOCAB_SIZE = 16_384
+_CHUNK_LENGTH = 64
 _TEXTS_PER_PAGE = 1024
 _CHARACTERS_PER_CHUNK = 250
 

@@ -13,14 +13,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from retro_ray.database.format import IndexSpec
 from retro_ray.errors import InputError
 from retro_ray.evaluation.copyable import NGRAM_LENGTH, newly_copyable
+from retro_ray.index.encoder import QueryEncoder
+from retro_ray.index.search import search_parts
+from retro_ray.index.shard import IndexShard
+from retro_ray.index.tune import ask_parts
 from retro_ray.text.chunking import ChunkedDocument, chunk_document, chunk_texts
 from retro_ray.text.corpus import Document
 from retro_ray.text.tokenizer import TextTokenizer
 
 NUM_NEIGHBOURS = 2
-_QUERIES_PER_BLOCK = 512
 _MUCH, _SOME = 0.15, 0.02
 """New copyable shares from which retrieval gained about 9 % and more, and about 1 %, in bits per byte."""
 
@@ -112,44 +116,20 @@ def assess(
             f"one of them with more than {chunk_length} tokens"
         )
     keys = embed([text for document in chunked for text in chunk_texts(document, tokenizer)])
-    neighbour_tokens = _NeighbourTokens(chunked, first_row)
+    sample = _Sample(chunked, first_row, keys, chunk_length)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(chunked))
     sizes = np.diff(first_row)[order]
     chosen = np.sort(order[np.cumsum(sizes) - sizes < max_queries])
-
-    def example(
-        number: int, nearest: np.ndarray, distances: np.ndarray, tokens_T: np.ndarray, start: int, stop: int
-    ) -> Example:
-        chunk = start // chunk_length - 1
-        # Of the chunk's neighbours, the one that holds most of the stretch.
-        held = [
-            newly_copyable(tokens_T, neighbour_tokens.continued(nearest[:, [column]]), chunk_length)[start:stop].sum()
-            for column in range(nearest.shape[1])
-        ]
-        column = int(np.argmax(held))
-        owner = int(np.searchsorted(first_row, nearest[chunk, column], side="right")) - 1
-        text = tokenizer.decode(tokens_T[start - NGRAM_LENGTH + 1 : stop])
-        return Example(chunked[number].id, text, chunked[owner].id, float(distances[chunk, column]))
-
     counts: dict[str, list[CopyableShare]] = defaultdict(list)
     found: list[tuple[int, Example]] = []
     for number in chosen:
-        document = chunked[number]
-        if len(document.tokens) < 2:
+        if len(chunked[number].tokens) < 2:
             continue
-        rows = np.arange(int(first_row[number]), int(first_row[number + 1]))
-        distances, nearest = _nearest_elsewhere(keys, rows)
-        tokens_T = neighbour_tokens.text(rows).reshape(-1)[: int(document.lengths.sum())]
-        copyable = newly_copyable(tokens_T, neighbour_tokens.continued(nearest), chunk_length)
-        elsewhere = np.delete(np.arange(len(keys)), rows)
-        random_rows = rng.choice(elsewhere, size=nearest.shape)
-        by_chance = newly_copyable(tokens_T, neighbour_tokens.continued(random_rows), chunk_length)
-        share = CopyableShare(1, len(tokens_T) - chunk_length, int(copyable.sum()), int(by_chance.sum()))
+        share, copied = sample.look_at(int(number), tokenizer, rng)
         counts[group_of(documents[number])].append(share)
-        start, stop = _longest_stretch(copyable)
-        if stop > start:
-            found.append((stop - start, example(number, nearest, distances, tokens_T, start, stop)))
+        if copied is not None:
+            found.append(copied)
     groups = {name: _sum(shares) for name, shares in counts.items()}
     found.sort(key=lambda pair: -pair[0])
     return Assessment(
@@ -161,10 +141,13 @@ def assess(
     )
 
 
-class _NeighbourTokens:
-    """Tokens of chunks by row, negative where nothing can be copied: padding and document starts."""
+class _Sample:
+    """The chunks of all documents by row; tokens are negative where nothing can be copied: padding, document starts."""
 
-    def __init__(self, chunked: Sequence[ChunkedDocument], first_row: np.ndarray) -> None:
+    def __init__(
+        self, chunked: Sequence[ChunkedDocument], first_row: np.ndarray, keys: np.ndarray, chunk_length: int
+    ) -> None:
+        self._chunked, self._first_row, self._keys, self._chunk_length = chunked, first_row, keys, chunk_length
         self._tokens = np.concatenate([document.tokens for document in chunked])
         lengths = np.concatenate([document.lengths for document in chunked])
         self._tokens[np.arange(self._tokens.shape[1]) >= lengths[:, None]] = -1
@@ -172,31 +155,45 @@ class _NeighbourTokens:
         self._ends = np.zeros(len(self._tokens), bool)
         self._ends[first_row[1:] - 1] = True
 
-    def text(self, rows: np.ndarray) -> np.ndarray:
-        """int64 [n, M]."""
-        return self._tokens[rows]
+    def look_at(
+        self, number: int, tokenizer: TextTokenizer, rng: np.random.Generator
+    ) -> tuple[CopyableShare, tuple[int, Example] | None]:
+        """What of one document is newly copyable; length and example of its longest such stretch."""
+        first, stop = int(self._first_row[number]), int(self._first_row[number + 1])
+        rows = np.arange(first, stop)
+        distances, nearest = _nearest_elsewhere(self._keys, rows, np.tile([first, stop - 1], (len(rows), 1)))
+        tokens_T = self._tokens[rows].reshape(-1)[: int(self._chunked[number].lengths.sum())]
+        copyable = newly_copyable(tokens_T, self._continued(nearest), self._chunk_length)
+        elsewhere = np.delete(np.arange(len(self._keys)), rows)
+        by_chance = newly_copyable(tokens_T, self._continued(rng.choice(elsewhere, nearest.shape)), self._chunk_length)
+        share = CopyableShare(1, len(tokens_T) - self._chunk_length, int(copyable.sum()), int(by_chance.sum()))
+        start, stop = _longest_stretch(copyable)
+        if stop == start:
+            return share, None
+        chunk = start // self._chunk_length - 1
+        # Of the chunk's neighbours, the one that holds most of the stretch.
+        held = [
+            newly_copyable(tokens_T, self._continued(nearest[:, [column]]), self._chunk_length)[start:stop].sum()
+            for column in range(nearest.shape[1])
+        ]
+        column = int(np.argmax(held))
+        owner = int(np.searchsorted(self._first_row, nearest[chunk, column], side="right")) - 1
+        text = tokenizer.decode(tokens_T[start - NGRAM_LENGTH + 1 : stop])
+        example = Example(self._chunked[number].id, text, self._chunked[owner].id, float(distances[chunk, column]))
+        return share, (stop - start, example)
 
-    def continued(self, rows: np.ndarray) -> np.ndarray:
+    def _continued(self, rows: np.ndarray) -> np.ndarray:
         """[N, F]: int64 [..., 2M]; F is negative behind a document's end."""
         following = np.where(self._ends[rows][..., None], -1, self._tokens[np.minimum(rows + 1, len(self._ends) - 1)])
-        return np.concatenate([self._tokens[rows], following], axis=-1)
+        both = np.concatenate([self._tokens[rows], following], axis=-1)
+        return np.where(rows[..., None] < 0, -1, both)  # fewer chunks elsewhere than neighbours wanted
 
 
-def _nearest_elsewhere(keys: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared L2 and rows of the nearest keys outside `rows`, which are consecutive: [n, NUM_NEIGHBOURS]."""
-    distances, nearest = [], []
-    squares = np.einsum("nd,nd->n", keys, keys)
-    for start in range(0, len(rows), _QUERIES_PER_BLOCK):
-        queries = keys[rows[start : start + _QUERIES_PER_BLOCK]]
-        scores = squares - 2 * (queries @ keys.T)
-        scores[:, rows[0] : rows[-1] + 1] = np.inf
-        k = min(NUM_NEIGHBOURS, len(keys) - len(rows))
-        block = np.argpartition(scores, k - 1, axis=1)[:, :k]
-        block = np.take_along_axis(block, np.argsort(np.take_along_axis(scores, block, 1), axis=1), 1)
-        own_squares = np.einsum("nd,nd->n", queries, queries)
-        distances.append(np.maximum(np.take_along_axis(scores, block, 1) + own_squares[:, None], 0))
-        nearest.append(block)
-    return np.concatenate(distances), np.concatenate(nearest)
+def _nearest_elsewhere(keys: np.ndarray, rows: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Squared L2 and rows of the nearest keys of each row outside its range (first, last): [n, NUM_NEIGHBOURS]."""
+    spec = IndexSpec(factory="Flat")
+    ask = ask_parts([(0, 1.0, IndexShard(spec, keys))])
+    return search_parts(keys[rows], NUM_NEIGHBOURS, spec, QueryEncoder(spec, None), ask, ranges)
 
 
 def _longest_stretch(flags: np.ndarray) -> tuple[int, int]:
