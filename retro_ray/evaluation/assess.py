@@ -154,6 +154,9 @@ class _Sample:
         self._tokens[first_row[:-1], 0] = -1
         self._ends = np.zeros(len(self._tokens), bool)
         self._ends[first_row[1:] - 1] = True
+        self._spec = IndexSpec(factory="Flat")
+        self._encoder = QueryEncoder(self._spec, None)
+        self._ask = ask_parts([(0, 1.0, IndexShard(self._spec, keys))])
 
     def look_at(
         self, number: int, tokenizer: TextTokenizer, rng: np.random.Generator
@@ -161,7 +164,8 @@ class _Sample:
         """What of one document is newly copyable; length and example of its longest such stretch."""
         first, stop = int(self._first_row[number]), int(self._first_row[number + 1])
         rows = np.arange(first, stop)
-        distances, nearest = _nearest_elsewhere(self._keys, rows, np.tile([first, stop - 1], (len(rows), 1)))
+        own = np.tile([first, stop - 1], (len(rows), 1))
+        distances, nearest = search_parts(self._keys[rows], NUM_NEIGHBOURS, self._spec, self._encoder, self._ask, own)
         tokens_T = self._tokens[rows].reshape(-1)[: int(self._chunked[number].lengths.sum())]
         copyable = newly_copyable(tokens_T, self._continued(nearest), self._chunk_length)
         elsewhere = np.delete(np.arange(len(self._keys)), rows)
@@ -187,13 +191,6 @@ class _Sample:
         following = np.where(self._ends[rows][..., None], -1, self._tokens[np.minimum(rows + 1, len(self._ends) - 1)])
         both = np.concatenate([self._tokens[rows], following], axis=-1)
         return np.where(rows[..., None] < 0, -1, both)  # fewer chunks elsewhere than neighbours wanted
-
-
-def _nearest_elsewhere(keys: np.ndarray, rows: np.ndarray, ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Squared L2 and rows of the nearest keys of each row outside its range (first, last): [n, NUM_NEIGHBOURS]."""
-    spec = IndexSpec(factory="Flat")
-    ask = ask_parts([(0, 1.0, IndexShard(spec, keys))])
-    return search_parts(keys[rows], NUM_NEIGHBOURS, spec, QueryEncoder(spec, None), ask, ranges)
 
 
 def _longest_stretch(flags: np.ndarray) -> tuple[int, int]:

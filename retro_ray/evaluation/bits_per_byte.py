@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -42,32 +42,26 @@ _POSITIONS_PER_READ_OUT = 2048
 _CHUNKS_PER_GROUP = 512
 
 
+class ScoringOptions(TypedDict):
+    """How documents are scored: the keyword arguments of `score_tokens`, which says what they mean."""
+
+    mode: RetrievalMode
+    num_neighbours: NotRequired[int | None]
+    batch_size: NotRequired[int]
+    precision: NotRequired[Precision]
+    neighbours: NotRequired[NeighbourSource | None]
+    seed: NotRequired[int]
+
+
 def score_documents(
     model: RetroModel,
     store: ChunkStore,
     database: Database,
     documents: Sequence[int] | np.ndarray,
-    *,
-    mode: RetrievalMode,
-    num_neighbours: int | None = None,
-    batch_size: int = 8,
-    precision: Precision = "auto",
-    neighbours: NeighbourSource | None = None,
-    seed: int = 0,
+    **options: Unpack[ScoringOptions],
 ) -> BitsPerByte:
     """Bits per byte of whole documents; see `score_tokens` for the arguments."""
-    scores = score_tokens(
-        model,
-        store,
-        database,
-        documents,
-        mode=mode,
-        num_neighbours=num_neighbours,
-        batch_size=batch_size,
-        precision=precision,
-        neighbours=neighbours,
-        seed=seed,
-    )
+    scores = score_tokens(model, store, database, documents, **options)
     rows = _rows_of(store, documents)
     last = np.isin(scores.positions, last_tokens(store, documents))
     return BitsPerByte(
@@ -84,27 +78,10 @@ def score_chunks(
     store: ChunkStore,
     database: Database,
     documents: Sequence[int] | np.ndarray,
-    *,
-    mode: RetrievalMode,
-    num_neighbours: int | None = None,
-    batch_size: int = 8,
-    precision: Precision = "auto",
-    neighbours: NeighbourSource | None = None,
-    seed: int = 0,
+    **options: Unpack[ScoringOptions],
 ) -> ChunkScores:
     """Score every chunk of whole documents; see `score_tokens` for the arguments."""
-    scores = score_tokens(
-        model,
-        store,
-        database,
-        documents,
-        mode=mode,
-        num_neighbours=num_neighbours,
-        batch_size=batch_size,
-        precision=precision,
-        neighbours=neighbours,
-        seed=seed,
-    )
+    scores = score_tokens(model, store, database, documents, **options)
     rows, row_of = _rows_of(store, documents), scores.positions // store.chunk_length
     nats = np.bincount(row_of, weights=scores.nats, minlength=store.num_chunks)
     num_tokens = np.bincount(row_of, minlength=store.num_chunks)
