@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Score a trained model on held-out documents, or on documents of one's own: bits per byte and perplexities with
-retrieval on, off, and random.
+retrieval on, off, and random, and how much of the gain is copying.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from retro_ray.command_line import parse, run
 from retro_ray.config import CorpusConfig, RecordConfig, default_home
@@ -17,7 +18,11 @@ from retro_ray.errors import RetroRayError
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateJob:
-    """Score the newest checkpoint of a run on the validation split of the database, or on --input."""
+    """Score the newest checkpoint of a run on the validation split of the database, or on --input.
+
+    What is found is kept in RUN/evaluation/ for `python -m retro_ray report`. Scores are kept, too: a job that was
+    killed goes on where it was.
+    """
 
     home: Path = field(default_factory=default_home)
     """Folder of the database and the runs. $RETRO_RAY_HOME, or ~/.retro_ray."""
@@ -27,6 +32,8 @@ class EvaluateJob:
     """Files, folders and globs of documents to score in place of the validation split; see jobs/index.py --input. They
     are embedded on this machine and put into no database."""
     records: RecordConfig = field(default_factory=RecordConfig)
+    baseline: Path | None = None
+    """Score this model beside it, without retrieval: folder of a checkpoint, of a run, or of a home."""
     num_neighbours: int | None = None
     """Neighbours per chunk. Default: as many as in training."""
     max_chunks: int | None = None
@@ -38,31 +45,28 @@ class EvaluateJob:
 
 
 def main(job: EvaluateJob) -> None:
-    """Evaluate, then print a table."""
+    """Evaluate, then print tables."""
     from retro_ray.evaluation.evaluate import evaluate
+    from retro_ray.evaluation.results import as_json, write_result
+    from retro_ray.evaluation.subject import open_subject
+    from retro_ray.evaluation.tables import leakage_table, scores_table
     from retro_ray.ray_session import connect
 
     connect()
-    evaluation = evaluate(
+    corpus = CorpusConfig(input=job.input, **dataclasses.asdict(job.records)) if job.input else None
+    with open_subject(
         job.home.expanduser().absolute(),
         job.run,
-        corpus=CorpusConfig(input=job.input, **dataclasses.asdict(job.records)) if job.input else None,
+        corpus=corpus,
         num_neighbours=job.num_neighbours,
         max_chunks=job.max_chunks,
-        num_workers=job.num_workers,
-    )
-    result = evaluation.to_dict()
+    ) as subject:
+        result: dict[str, Any] = evaluate(subject, baseline=job.baseline, num_workers=job.num_workers).to_dict()
+        write_result(subject.run, "scores", result)
+        print(scores_table(result))
+        print(leakage_table(result))
     if job.json is not None:
-        job.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"step {result['step']}, {result['documents']} documents, {result['text_bytes']} bytes of text")
-    print(f"{'retrieval':>10}  bits per byte  token perplexity  word perplexity  last token right")
-    for mode, bits in result["bits_per_byte"].items():
-        token, word, last = (
-            result[name][mode] for name in ("token_perplexity", "word_perplexity", "last_token_accuracy")
-        )
-        print(f"{mode:>10}  {bits:13.4f}  {token:16.2f}  {word:15.2f}  {last:16.1%}")
-    print(f"retrieval lowers bits per byte by {result['gain_on_over_off']:.1%},", end=" ")
-    print(f"random neighbours by {result['gain_random_over_off']:.1%}")
+        job.json.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
 
 
 def explain(error: BaseException) -> RetroRayError | None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from retro_ray.database.store import ChunkStore, Database
-from retro_ray.evaluation.scores import BitsPerByte, ChunkScores, TokenScores
+from retro_ray.evaluation.scores import BitsPerByte, ChunkScores, PassScores, TokenScores
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.step import Precision, arithmetic
 from retro_ray.training.windows import (
@@ -37,6 +37,9 @@ from retro_ray.training.windows import (
 RetrievalMode = Literal["on", "off", "random"]
 """With the stored neighbours, without any, or with random chunks of the database in their place."""
 
+NeighbourParts = Literal["NF", "N", "F"]
+"""What of the neighbours is shown: chunk and continuation, or one of them alone (paper, Table 13)."""
+
 # Positions whose logits over the whole vocabulary exist at the same time.
 _POSITIONS_PER_READ_OUT = 2048
 _CHUNKS_PER_GROUP = 512
@@ -50,6 +53,7 @@ class ScoringOptions(TypedDict):
     batch_size: NotRequired[int]
     precision: NotRequired[Precision]
     neighbours: NotRequired[NeighbourSource | None]
+    parts: NotRequired[NeighbourParts]
     seed: NotRequired[int]
 
 
@@ -61,16 +65,7 @@ def score_documents(
     **options: Unpack[ScoringOptions],
 ) -> BitsPerByte:
     """Bits per byte of whole documents; see `score_tokens` for the arguments."""
-    scores = score_tokens(model, store, database, documents, **options)
-    rows = _rows_of(store, documents)
-    last = np.isin(scores.positions, last_tokens(store, documents))
-    return BitsPerByte(
-        nats=float(scores.nats.sum()),
-        num_tokens=len(scores.nats),
-        num_bytes=int(store.num_bytes(rows).sum()),
-        num_last_tokens=int(last.sum()),
-        num_last_right=int(scores.is_likeliest[last].sum()),
-    )
+    return score_pass(model, store, database, documents, **options).total
 
 
 def score_chunks(
@@ -81,11 +76,29 @@ def score_chunks(
     **options: Unpack[ScoringOptions],
 ) -> ChunkScores:
     """Score every chunk of whole documents; see `score_tokens` for the arguments."""
+    return score_pass(model, store, database, documents, **options).chunks
+
+
+def score_pass(
+    model: RetroModel,
+    store: ChunkStore,
+    database: Database,
+    documents: Sequence[int] | np.ndarray,
+    **options: Unpack[ScoringOptions],
+) -> PassScores:
+    """All that is counted of one pass over whole documents; see `score_tokens` for the arguments."""
     scores = score_tokens(model, store, database, documents, **options)
-    rows, row_of = _rows_of(store, documents), scores.positions // store.chunk_length
+    rows, (row_of, place) = _rows_of(store, documents), np.divmod(scores.positions, store.chunk_length)
     nats = np.bincount(row_of, weights=scores.nats, minlength=store.num_chunks)
     num_tokens = np.bincount(row_of, minlength=store.num_chunks)
-    return ChunkScores(rows, nats[rows], num_tokens[rows], store.num_bytes(rows))
+    last = np.isin(scores.positions, last_tokens(store, documents))
+    return PassScores(
+        ChunkScores(rows, nats[rows], num_tokens[rows], store.num_bytes(rows)),
+        place_nats=np.bincount(place, weights=scores.nats, minlength=store.chunk_length),
+        place_num_tokens=np.bincount(place, minlength=store.chunk_length),
+        num_last_tokens=int(last.sum()),
+        num_last_right=int(scores.is_likeliest[last].sum()),
+    )
 
 
 @torch.no_grad()
@@ -101,6 +114,7 @@ def score_tokens(
     batch_size: int = 8,
     precision: Precision = "auto",
     neighbours: NeighbourSource | None = None,
+    parts: NeighbourParts = "NF",
     seed: int = 0,
 ) -> TokenScores:
     """Score the tokens of whole documents, all but the document-start tokens.
@@ -116,6 +130,7 @@ def score_tokens(
         batch_size: windows per forward pass.
         precision: arithmetic of the forward pass.
         neighbours: neighbours to use with "on" in place of the stored ones.
+        parts: what of the neighbours is shown; the rest is masked.
         seed: of the random neighbours.
 
     Raises:
@@ -136,12 +151,12 @@ def score_tokens(
         windows = [window for window in windows if only[window.scored(store.chunk_length)].any()]
     was_training = model.training
     model.eval()
-    parts = []
+    scores = []
     for start in range(0, len(windows), batch_size):
         some = windows[start : start + batch_size]
-        parts.append(_score_windows(model, reader, some, only, arithmetic(precision, device), device))
+        scores.append(_score_windows(model, reader, some, only, parts, arithmetic(precision, device), device))
     model.train(was_training)
-    return TokenScores.concatenated(parts)
+    return TokenScores.concatenated(scores)
 
 
 def last_tokens(store: ChunkStore, documents: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -208,6 +223,7 @@ def _score_windows(
     reader: WindowReader,
     windows: list[_Window],
     only: np.ndarray | None,
+    neighbour_parts: NeighbourParts,
     context: contextlib.AbstractContextManager,
     device: torch.device,
 ) -> TokenScores:
@@ -218,6 +234,8 @@ def _score_windows(
     count = np.array([window.num_chunks for window in windows])[:, None]
     skipped = np.array([window.num_context_chunks for window in windows])[:, None]
     batch = reader.read(np.where(column < count, first + column, NO_CHUNK))
+    if batch.neighbour_mask_BLKR is not None and neighbour_parts != "NF":
+        batch.neighbour_mask_BLKR[..., slice(m, None) if neighbour_parts == "N" else slice(m)] = False
     place = np.arange(column.size * m)[None, :]
     asked = (batch.targets_BT.numpy() != NO_TARGET) & (place >= skipped * m)
     # The token asked for at place t of a window stands at t + 1, perhaps behind the window's end.

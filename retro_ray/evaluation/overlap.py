@@ -9,17 +9,23 @@ Shape letters: n chunks, M chunk length, K neighbours, R neighbour length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from retro_ray.evaluation.bits_per_byte import BitsPerByte, ChunkScores
+from retro_ray.database.store import ChunkStore, Database
+from retro_ray.evaluation.scores import BitsPerByte, ChunkScores
+from retro_ray.training.windows import NeighbourSource
 
 NUM_NEIGHBOURS = 10
 """Neighbours that a chunk is compared with (paper, section 2.6)."""
 ALPHAS = (0.0625, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)
 """Where the curves are drawn; 0.125 is under 8 tokens in a row."""
+
+
+_CHUNKS_PER_BLOCK = 1024
 
 
 def longest_shared_runs(tokens_nM: np.ndarray, neighbours_nKR: np.ndarray) -> np.ndarray:
@@ -48,6 +54,28 @@ def overlap_ratios(tokens_nM: np.ndarray, neighbours_nKR: np.ndarray) -> np.ndar
     return longest_shared_runs(tokens_nM, neighbours_nKR) / np.maximum(num_tokens_n, 1)
 
 
+def overlaps_with_neighbours(
+    store: ChunkStore, database: Database, rows: np.ndarray, neighbours: NeighbourSource
+) -> np.ndarray:
+    """r(C) of chunks of a text, float64 [n].
+
+    Args:
+        store: of the text.
+        database: that the neighbours are of.
+        rows: int64 [n], of the chunks.
+        neighbours: those that they are compared with.
+    """
+    start_id = database.tokenizer.bos_id
+    ratios = [np.empty(0)]
+    for first in range(0, len(rows), _CHUNKS_PER_BLOCK):
+        block = rows[first : first + _CHUNKS_PER_BLOCK]
+        tokens = store.tokens(block)
+        real = (np.arange(store.chunk_length) < store.lengths(block)[:, None]) & (tokens != start_id)
+        offered, mask = database.neighbour_tokens(neighbours(block))
+        ratios.append(overlap_ratios(np.where(real, tokens, -1), np.where(mask, offered, -1)))
+    return np.concatenate(ratios)
+
+
 @dataclass(frozen=True)
 class FilteredScore:
     """Bits per byte of the chunks that share at most so much with the database."""
@@ -73,7 +101,7 @@ def score_by_overlap(
         chosen = ratios <= alpha
         sums = {
             name: BitsPerByte(
-                float(score.nats[chosen].sum()), int(score.num_tokens[chosen].sum()), int(score.num_bytes[chosen].sum())
+                math.fsum(score.nats[chosen]), int(score.num_tokens[chosen].sum()), int(score.num_bytes[chosen].sum())
             )
             for name, score in scores.items()
         }

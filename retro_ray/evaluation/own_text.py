@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import numpy as np
 from retro_ray.config import RetrievalConfig
 from retro_ray.database.add_segment import Embedder, embed_segment, write_chunked
 from retro_ray.database.arrow_rows import ArrowRows
-from retro_ray.database.format import Partition
+from retro_ray.database.format import Partition, file_record
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.errors import InputError
 from retro_ray.retrieval.local import LocalRetriever
@@ -35,6 +36,11 @@ class ScoredText:
     partition: Partition
     neighbours: Path | None
     """File of their neighbours; None: they have none."""
+
+    @cached_property
+    def identity(self) -> str:
+        """SHA-256 of the chunks: equal for equal texts, cut by the same tokenizer."""
+        return file_record(self.directory / self.partition.chunks).sha256
 
     def open(self, chunk_length: int) -> ChunkStore:
         """Their chunks."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -89,4 +91,85 @@ class ChunkScores:
 
     @property
     def total(self) -> BitsPerByte:
-        return BitsPerByte(float(self.nats.sum()), int(self.num_tokens.sum()), int(self.num_bytes.sum()))
+        return BitsPerByte(math.fsum(self.nats), int(self.num_tokens.sum()), int(self.num_bytes.sum()))
+
+    def by_document(self, document_of: np.ndarray) -> DocumentScores:
+        """The sums of whole documents.
+
+        Args:
+            document_of: int64 [n]: the document of each chunk.
+        """
+        documents, place = np.unique(document_of, return_inverse=True)
+        sums = [np.bincount(place, weights=each, minlength=len(documents)) for each in (self.nats, self.num_bytes)]
+        return DocumentScores(documents, sums[0], sums[1].astype(np.int64))
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """Sums of some documents, in the order of `documents`."""
+
+    documents: np.ndarray
+    """int64 [d], ascending: of the chunk store."""
+    nats: np.ndarray
+    """float64 [d]."""
+    num_bytes: np.ndarray
+    """int64 [d]."""
+
+
+@dataclass(frozen=True)
+class PassScores:
+    """What one pass of a model over some documents gives; those of parts of a text make up those of all of it."""
+
+    chunks: ChunkScores
+    place_nats: np.ndarray
+    """float64 [m]: of the tokens at each place of their chunk."""
+    place_num_tokens: np.ndarray
+    """int64 [m]."""
+    num_last_tokens: int
+    """As in BitsPerByte."""
+    num_last_right: int
+
+    @property
+    def total(self) -> BitsPerByte:
+        """The sums; nats to the last bit, whatever the order in which parts were put together."""
+        last = {"num_last_tokens": self.num_last_tokens, "num_last_right": self.num_last_right}
+        return replace(self.chunks.total, **last)
+
+    @property
+    def nats_by_place(self) -> np.ndarray:
+        """float64 [m]: mean nats of a token at each place of its chunk; NaN where no chunk is so long."""
+        with np.errstate(invalid="ignore"):
+            return self.place_nats / np.where(self.place_num_tokens > 0, self.place_num_tokens, np.nan)
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[PassScores]) -> PassScores:
+        """The scores of documents from those of groups of them, the same in whatever order they come."""
+        parts = sorted(parts, key=lambda part: int(part.chunks.rows[0]) if len(part.chunks.rows) else -1)
+        names = ("rows", "nats", "num_tokens", "num_bytes")
+        return cls(
+            ChunkScores(*(np.concatenate([getattr(part.chunks, name) for part in parts]) for name in names)),
+            np.sum([part.place_nats for part in parts], axis=0),
+            np.sum([part.place_num_tokens for part in parts], axis=0),
+            sum(part.num_last_tokens for part in parts),
+            sum(part.num_last_right for part in parts),
+        )
+
+    def write(self, path: Path) -> None:
+        """Keep them in a file, which appears whole or not at all."""
+        temporary = path.with_name(f".{os.getpid()}-{path.name}")
+        with temporary.open("wb") as file:
+            np.savez(
+                file,
+                **vars(self.chunks),
+                place_nats=self.place_nats,
+                place_num_tokens=self.place_num_tokens,
+                last=np.array([self.num_last_tokens, self.num_last_right]),
+            )
+        os.replace(temporary, path)
+
+    @classmethod
+    def read(cls, path: Path) -> PassScores:
+        """What `write` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            chunks = ChunkScores(*(file[name] for name in ("rows", "nats", "num_tokens", "num_bytes")))
+            return cls(chunks, file["place_nats"], file["place_num_tokens"], *map(int, file["last"]))

@@ -36,7 +36,7 @@ RAY_MODULES = {
     "commands/demo.py",
     "database/build.py",
     "database/embed_units.py",
-    "evaluation/evaluate.py",
+    "evaluation/workers.py",
     "ray_session.py",
     "retrieval/announce.py",
     "retrieval/open.py",

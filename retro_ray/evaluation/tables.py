@@ -1,0 +1,51 @@
+"""Results of an evaluation as tables for a terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def scores_table(result: dict[str, Any]) -> str:
+    """Bits per byte and perplexities by what is retrieved."""
+    lines = [
+        f"step {result['step']}, {result['documents']} documents, {result['text_bytes']} bytes of text",
+        f"{'retrieval':>10}  bits per byte  95 % interval    token perplexity  word perplexity  last token right",
+    ]
+    for name, bits in result["bits_per_byte"].items():
+        token, word, last = (
+            result[key][name] for key in ("token_perplexity", "word_perplexity", "last_token_accuracy")
+        )
+        interval = as_interval(result["bits_per_byte_interval"][name])
+        lines.append(f"{name:>10}  {bits:13.4f}  {interval:15}  {token:16.2f}  {word:15.2f}  {last:16.1%}")
+    low, high = result["gain_on_over_off_interval"]
+    surely = "" if math.isnan(low) else f" (95 %: {low:.1%} to {high:.1%})"
+    lines.append(
+        f"retrieval lowers bits per byte by {result['gain_on_over_off']:.1%}{surely}, "
+        f"random neighbours by {result['gain_random_over_off']:.1%}"
+    )
+    if result["gain_on_over_baseline"] is not None:
+        lines.append(f"against the baseline it lowers them by {result['gain_on_over_baseline']:.1%}")
+    return "\n".join(lines)
+
+
+def leakage_table(result: dict[str, Any]) -> str:
+    """Bits per byte of the chunks that share at most so much with what is retrieved."""
+    names = [name for name in ("baseline", "off", "on") if name in result["bits_per_byte"]]
+    lines = [
+        "",
+        "where a chunk's longest run of tokens shared with its 10 nearest neighbours is at most alpha of it:",
+        f"{'alpha':>7}  {'chunks':>8}  {'bytes':>6}  " + "  ".join(f"{name:>8}" for name in names) + "   on over off",
+    ]
+    for point in result["leakage"]:
+        bits = point["bits_per_byte"]
+        share = point["text_bytes"] / result["text_bytes"]
+        values = "  ".join(f"{bits[name]:8.4f}" for name in names)
+        gain = f"{bits['on'] / bits['off'] - 1:+11.1%}" if point["chunks"] else ""
+        lines.append(f"{point['alpha']:7.1%}  {point['chunks']:8,}  {share:6.1%}  {values}   {gain}")
+    return "\n".join(lines)
+
+
+def as_interval(interval: tuple[float, float]) -> str:
+    """An interval, or nothing where there is none."""
+    return "" if math.isnan(interval[0]) else f"{interval[0]:.4f}-{interval[1]:.4f}"
