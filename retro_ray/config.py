@@ -143,10 +143,19 @@ class ModelConfig:
     """Decoder layers (L)."""
     num_heads: int = 16
     """Attention heads, everywhere in the decoder."""
+    num_kv_heads: int | None = None
+    """Heads of the keys and values of the decoder's self-attention, each for num_heads / num_kv_heads
+    heads of queries (grouped-query attention). None: as many as num_heads."""
     head_dim: int = 64
     """Width of one head."""
     ffn_dim: int = 3584
     """Inner width of the decoder's feed-forward blocks."""
+    feed_forward: Literal["gelu", "swiglu"] = "gelu"
+    """The decoder's feed-forward blocks: two matrices around a GELU, or three with a SiLU gate, as in Llama."""
+    attention_bias: bool = False
+    """The projections of the decoder's self-attention have biases."""
+    qk_norm: bool = False
+    """RMS-normalise each head's queries and keys in the decoder's self-attention, as in Qwen3."""
     cca_layers: tuple[int, ...] = (6, 9, 12)
     """Decoder layers, counted from 1, with chunked cross-attention (P); empty: no retrieval."""
     encoder_dim: int = 896
@@ -165,6 +174,8 @@ class ModelConfig:
     """The encoder uses the decoder's token embedding; needs encoder_dim == hidden_dim."""
     normalize_embeddings: bool = False
     """RMS-normalise input embeddings, so that a token's identity is not swamped early in training."""
+    normalize_neighbour_embeddings: bool = False
+    """The same for the encoder alone, under a decoder that was pretrained without."""
     cca_start: Literal["paper", "copy"] = "paper"
     """Start of chunked cross-attention: the paper's (an output of zero), or one that copies: keys
     from the previous neighbour token, key projection = query projection, output projection =
@@ -173,8 +184,18 @@ class ModelConfig:
     """The read-out shares its weights with the input embedding."""
     rope_base: float = 10_000.0
     """Base of the rotary positions."""
+    rope_frequencies: tuple[float, ...] = ()
+    """Angle per position of each of the head_dim / 2 rotary pairs in the decoder's self-attention.
+    Empty: from rope_base, as everywhere else."""
+    rope_magnitude: float = 1.0
+    """The decoder's own rotations stretch queries and keys by this factor, as YaRN's do."""
     norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the keys and values of the decoder's self-attention."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     @property
     def neighbour_length(self) -> int:
@@ -191,6 +212,15 @@ class ModelConfig:
             value = getattr(self, name)
             _require(value >= 1, name, value, "at least 1")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for rotary positions")
+        divides = self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
+        _require(divides, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})")
+        num_pairs = self.head_dim // 2
+        _require(
+            len(self.rope_frequencies) in (0, num_pairs),
+            "the number of rope_frequencies",
+            len(self.rope_frequencies),
+            f"head_dim / 2 = {num_pairs}, or 0",
+        )
         for name, layers, last in (
             ("cca_layers", self.cca_layers, self.num_layers),
             ("encoder_ca_layers", self.encoder_ca_layers, self.encoder_layers),

@@ -222,7 +222,7 @@ class DecodingBatch:
 
 def slot_size(config: ModelConfig, max_tokens: int, num_neighbours: int) -> int:
     """Memory of one slot, in that of a token in all layers: neighbours are kept in those with CCA."""
-    num_rows = num_neighbours * config.neighbour_length
+    num_rows = num_neighbours * config.neighbour_length * config.num_heads // config.kv_heads
     return max_tokens + math.ceil(num_rows * len(config.cca_layers) / config.num_layers)
 
 

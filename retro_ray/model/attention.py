@@ -22,31 +22,44 @@ _PLAIN_MAX_POSITIONS = 1024
 KeysValues = tuple[Tensor, Tensor]
 
 
-def attend(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(E)) v, [B, H, T, E].
 
     Args:
         q_BHTE: queries.
-        k_BHSE: keys.
-        v_BHSE: values.
+        k_BGSE: keys; each of their G heads is for H / G consecutive heads of queries.
+        v_BGSE: values.
         mask: bool, broadcastable to [B, H, T, S], True where a query may look. Every query must be
             allowed at least one key (see `open_empty_rows`).
         causal: query t sees keys up to t; not together with `mask`.
     """
-    num_queries, num_keys = q_BHTE.shape[-2], k_BHSE.shape[-2]
+    num_queries, num_keys = q_BHTE.shape[-2], k_BGSE.shape[-2]
     if q_BHTE.device.type != "cpu" or min(num_queries, num_keys) > _PLAIN_MAX_POSITIONS:
-        return F.scaled_dot_product_attention(q_BHTE, k_BHSE, v_BHSE, attn_mask=mask, is_causal=causal)
+        grouped = q_BHTE.shape[1] != k_BGSE.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BGSE, v_BGSE, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )
     if causal:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BHTE.device).tril()
-    return attention_weights(q_BHTE, k_BHSE, mask) @ v_BHSE
+    return product_by_heads(attention_weights(q_BHTE, k_BGSE, mask), v_BGSE)
 
 
-def attention_weights(q_BHTE: Tensor, k_BHSE: Tensor, mask: Tensor | None = None) -> Tensor:
+def attention_weights(q_BHTE: Tensor, k_BGSE: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(E)), [B, H, T, S]."""
-    scores = (q_BHTE * q_BHTE.shape[-1] ** -0.5) @ k_BHSE.transpose(-1, -2)
+    scores = product_by_heads(q_BHTE * q_BHTE.shape[-1] ** -0.5, k_BGSE.transpose(-1, -2))
     if mask is not None:
         scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(dim=-1)
+
+
+def product_by_heads(x_BHTX: Tensor, y_BGXY: Tensor) -> Tensor:
+    """The product x y, [B, H, T, Y], each head of y for H / G consecutive heads of x, without copies of y."""
+    num_heads, num_rows = x_BHTX.shape[1:3]
+    if num_heads == y_BGXY.shape[1]:
+        return x_BHTX @ y_BGXY
+    # The heads that share a head of y become further rows of one product.
+    grouped = x_BHTX.unflatten(1, (y_BGXY.shape[1], -1)).flatten(2, 3)
+    return (grouped @ y_BGXY).unflatten(2, (-1, num_rows)).flatten(1, 2)
 
 
 def open_empty_rows(mask: Tensor) -> Tensor:
@@ -68,16 +81,33 @@ def join_heads(x_BHTE: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """ATTN: residual multi-head self-attention with rotary positions, normalised before."""
+    """ATTN: residual multi-head self-attention with rotary positions, normalised before.
 
-    def __init__(self, dim: int, num_heads: int, head_dim: int, eps: float) -> None:
+    H heads of queries, and G of keys and values, which are as many if `num_kv_heads` is None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        head_dim: int,
+        eps: float,
+        *,
+        num_kv_heads: int | None = None,
+        bias: bool = False,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = head_dim
         self.norm = nn.RMSNorm(dim, eps=eps)
-        self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.key = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.value = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.query = nn.Linear(dim, num_heads * head_dim, bias=bias)
+        self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.out = nn.Linear(num_heads * head_dim, dim, bias=bias)
+        self.query_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
+        self._head_counts = num_heads, num_kv_heads, num_kv_heads
         self.joint_projection: nn.Module | None = None
         """In place of query, key and value, once weights are packed."""
 
@@ -94,27 +124,27 @@ class SelfAttention(nn.Module):
         `remember` is shown the new keys and values and returns those to attend to: how a cache
         takes part.
         """
-        q_BTX, k_BTX, v_BTX = self.project(self.norm(h_BTD))
-        q_BHTE = rotate(split_heads(q_BTX, self.head_dim), rotary)
-        k_BHSE = rotate(split_heads(k_BTX, self.head_dim), rotary)
-        v_BHSE = split_heads(v_BTX, self.head_dim)
+        q_BHTE, k_BGSE, v_BGSE = (x_BTHE.transpose(1, 2) for x_BTHE in self.project(self.norm(h_BTD)))
+        q_BHTE, k_BGSE = rotate(q_BHTE, rotary), rotate(k_BGSE, rotary)
         if remember is not None:
-            k_BHSE, v_BHSE = remember(k_BHSE, v_BHSE)
-        return h_BTD + self.out(join_heads(attend(q_BHTE, k_BHSE, v_BHSE, mask, causal)))
+            k_BGSE, v_BGSE = remember(k_BGSE, v_BGSE)
+        return h_BTD + self.out(join_heads(attend(q_BHTE, k_BGSE, v_BGSE, mask, causal)))
 
     def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor) -> Tensor:
-        """The same for new tokens, whose keys and values join those of a cache [*, H, *, E]."""
-        q_NHE, k_NHE, v_NHE = (x.unflatten(-1, (-1, self.head_dim)) for x in self.project(self.norm(h_ND)))
-        keys[new.slots_N, :, new.positions_N] = rotate_rows(k_NHE, new.rotation).to(keys.dtype)
-        values[new.slots_N, :, new.positions_N] = v_NHE.to(values.dtype)
+        """The same for new tokens, whose keys and values join those of a cache [*, G, *, E]."""
+        q_NHE, k_NGE, v_NGE = self.project(self.norm(h_ND))
+        keys[new.slots_N, :, new.positions_N] = rotate_rows(k_NGE, new.rotation).to(keys.dtype)
+        values[new.slots_N, :, new.positions_N] = v_NGE.to(values.dtype)
         return h_ND + self.out(new.read_past(rotate_rows(q_NHE, new.rotation), keys, values))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of `x` [..., D], each [..., H * E]."""
-        if self.joint_projection is not None:
-            queries, keys, values = self.joint_projection(x).chunk(3, dim=-1)
-            return queries, keys, values
-        return self.query(x), self.key(x), self.value(x)
+        """Queries [..., H, E], keys and values [..., G, E] of `x` [..., D], not yet rotated."""
+        if self.joint_projection is None:
+            projected = self.query(x), self.key(x), self.value(x)
+        else:
+            projected = self.joint_projection(x).split([n * self.head_dim for n in self._head_counts], dim=-1)
+        queries, keys, values = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
+        return self.query_norm(queries), self.key_norm(keys), values
 
     def initialise(self, num_layers: int) -> None:
         """Starting weights for a block in a stack of `num_layers`."""

@@ -52,7 +52,7 @@ class DecodeCache:
         self.num_neighbours = num_neighbours
         # On the CPU, because lengths steer the decoding and reading them must not wait for a GPU.
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-        nothing = torch.zeros(0, heads, 0, head_dim, device=device, dtype=dtype)
+        nothing = torch.zeros(0, config.kv_heads, 0, head_dim, device=device, dtype=dtype)
         self.keys = [nothing] * config.num_layers
         self.values = [nothing] * config.num_layers
         self.cca_keys = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
@@ -124,7 +124,7 @@ class DecodeCache:
             values[slots] = 0
 
     def write_prompt(self, number: int, slots: Tensor, keys_values: KeysValues) -> None:
-        """Store the keys and values of whole prompts, [len(slots), H, T, E], in layer `number`."""
+        """Store the keys and values of whole prompts, [len(slots), G, T, E], in layer `number`."""
         num_tokens = keys_values[0].shape[2]
         for store, new in zip((self.keys, self.values), keys_values, strict=True):
             store[number - 1][slots, :, :num_tokens] = new.to(store[number - 1].dtype)

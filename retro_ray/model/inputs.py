@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
-from retro_ray.model.layers import Rotary, rotary_at
+from retro_ray.model.layers import Rotary, decoder_rotary
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def sequence_inputs(
         if neighbours_BLKR is not None:
             context_mask_NM, sees_BT = _segment_masks(segments_BT, neighbours_BLKR.shape[1], config.chunk_length)
     positions = torch.arange(num_tokens, device=device)
-    rotary = rotary_at(positions, config.head_dim, config.rope_base, h_BTD.dtype)
+    rotary = decoder_rotary(config, positions, h_BTD.dtype)
     return SequenceInputs(rotary, mask, neighbours_BLKR, neighbour_mask_BLKR, context_mask_NM, sees_BT)
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from retro_ray.config import ModelConfig
+
 
 class Rotary(NamedTuple):
     """Rotation of queries or keys by their positions; broadcasts against [B, H, T, E/2]."""
@@ -30,6 +32,16 @@ def rotary_at(positions: Tensor, head_dim: int, base: float, dtype: torch.dtype)
     return Rotary(angles.cos(), angles.sin())
 
 
+def decoder_rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
+    """`rotary_at` for the decoder's self-attention, which may have frequencies of its own."""
+    if not config.rope_frequencies:
+        return rotary_at(positions, config.head_dim, config.rope_base, dtype)
+    precise = torch.promote_types(dtype, torch.float32)
+    frequencies = torch.tensor(config.rope_frequencies, device=positions.device, dtype=precise)
+    angles = positions.to(precise)[..., None] * frequencies
+    return Rotary(angles.cos() * config.rope_magnitude, angles.sin() * config.rope_magnitude)
+
+
 def rotate(x_BHTE: Tensor, rotary: Rotary) -> Tensor:
     """`x` with the pairs (e, e + E/2) of its last dimension rotated."""
     cos, sin = rotary.cos.to(x_BHTE.dtype), rotary.sin.to(x_BHTE.dtype)
@@ -48,9 +60,9 @@ class RowRotation(NamedTuple):
     sin: Tensor
 
 
-def row_rotation(positions_N: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> RowRotation:
-    """The rotations for integer positions."""
-    cos, sin = rotary_at(positions_N[:, None], head_dim, base, dtype)
+def row_rotation(rotary_N1: Rotary, dtype: torch.dtype) -> RowRotation:
+    """The same rotations: cos and sin, each [N, 1, E/2], for one row each."""
+    cos, sin = rotary_N1
     return RowRotation(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
 
@@ -77,6 +89,23 @@ class FeedForward(nn.Module):
         start_normal(self.down, scale=residual_scale(num_layers))
 
 
+class GatedFeedForward(FeedForward):
+    """FFW as in Llama: a third matrix and a SiLU gate what the first one says."""
+
+    def __init__(self, dim: int, inner_dim: int, eps: float) -> None:
+        super().__init__(dim, inner_dim, eps)
+        self.gate = nn.Linear(dim, inner_dim, bias=False)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        x_BTD = self.norm(h_BTD)
+        return h_BTD + self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+    def initialise(self, num_layers: int) -> None:
+        """Starting weights for a block in a stack of `num_layers`."""
+        super().initialise(num_layers)
+        start_normal(self.gate)
+
+
 def start_normal(linear: nn.Linear, scale: float = 1.0) -> None:
     """Normal weights of variance scale^2 / fan-in.
 
@@ -86,6 +115,8 @@ def start_normal(linear: nn.Linear, scale: float = 1.0) -> None:
     1.98 and 2.52. Good for comparing the starts only: neighbours came from held-out documents too.
     """
     nn.init.normal_(linear.weight, std=scale / math.sqrt(linear.in_features))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 def residual_scale(num_layers: int) -> float:

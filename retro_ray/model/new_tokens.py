@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from retro_ray.config import ModelConfig
-from retro_ray.model.attention import attend, attention_weights
+from retro_ray.model.attention import attend, attention_weights, product_by_heads
 from retro_ray.model.cache import whole_blocks
-from retro_ray.model.layers import RowRotation, row_rotation
+from retro_ray.model.layers import RowRotation, decoder_rotary, rotary_at, row_rotation
 
 _MAX_WASTED_ROWS = 512
 """Slots of unequal length are read together if not more rows than these are read in vain: about the
@@ -47,19 +47,19 @@ class SlotGroup:
             places = q_NHE.new_zeros(num_slots * self.width, *q_NHE.shape[1:])
             q_NHE = places.index_copy_(0, self.places_N, q_NHE)
         q_BHTE = q_NHE.unflatten(0, (num_slots, self.width)).transpose(1, 2)
-        k_BHSE, v_BHSE = keys[self.slots, :, :num_rows], values[self.slots, :, :num_rows]
-        read_BHTE = _attend_row_by_row(q_BHTE, k_BHSE, v_BHSE, seen_BTS[:, None])
+        k_BGSE, v_BGSE = keys[self.slots, :, :num_rows], values[self.slots, :, :num_rows]
+        read_BHTE = _attend_row_by_row(q_BHTE, k_BGSE, v_BGSE, seen_BTS[:, None])
         read_NX = read_BHTE.transpose(1, 2).flatten(2).flatten(0, 1)
         return read_NX if self.places_N is None else read_NX[self.places_N]
 
 
-def _attend_row_by_row(q_BHTE: Tensor, k_BHSE: Tensor, v_BHSE: Tensor, mask: Tensor) -> Tensor:
+def _attend_row_by_row(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor) -> Tensor:
     """`attend`, each token as if it were alone, to the bit."""
-    num_tokens, num_rows = q_BHTE.shape[2], k_BHSE.shape[2]
+    num_tokens, num_rows = q_BHTE.shape[2], k_BGSE.shape[2]
     if num_tokens == 1 or num_rows <= LONG_SUM or q_BHTE.device.type != "cpu":
-        return attend(q_BHTE, k_BHSE, v_BHSE, mask)
-    weights_BHTS = attention_weights(q_BHTE, k_BHSE, mask)
-    return torch.cat([weights_BH1S @ v_BHSE for weights_BH1S in weights_BHTS.split(1, dim=2)], dim=2)
+        return attend(q_BHTE, k_BGSE, v_BGSE, mask)
+    weights_BHTS = attention_weights(q_BHTE, k_BGSE, mask)
+    return torch.cat([product_by_heads(one, v_BGSE) for one in weights_BHTS.split(1, dim=2)], dim=2)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class NewTokens:
     """To their positions for chunked cross-attention."""
 
     def read_past(self, q_NHE: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Self-attention over a cache's keys and values [*, H, *, E], those of the new tokens among
+        """Self-attention over a cache's keys and values [*, G, *, E], those of the new tokens among
         them: [N, H * E].
         """
         return _joined([group.read(q_NHE, keys, values, group.seen_BTS) for group in self.groups])
@@ -91,21 +91,22 @@ def place_new_tokens(
     config: ModelConfig, lengths: Sequence[int], num_new: Sequence[int], device: torch.device, dtype: torch.dtype
 ) -> NewTokens:
     """Places for `num_new` tokens of each slot behind the `lengths` that it has; one in all at least."""
+    m = config.chunk_length
     slots = [slot for slot, count in enumerate(num_new) for _ in range(count)]
     positions = [length + t for length, count in zip(lengths, num_new, strict=True) for t in range(count)]
     positions_N = torch.tensor(positions, device=device)
+    places_N1 = (m + (positions_N + 1) % m)[:, None]
     groups: list[SlotGroup] = []
     for members in _grouped_slots(lengths, num_new):
         first_row = groups[-1].rows.stop if groups else 0
         groups.append(_slot_group(members, lengths, num_new, first_row, device))
-    m = config.chunk_length
     return NewTokens(
         slots_N=torch.tensor(slots, device=device),
         positions_N=positions_N,
         first_rows=torch.tensor([sum(num_new[:slot]) for slot, count in enumerate(num_new) if count], device=device),
         groups=tuple(groups),
-        rotation=row_rotation(positions_N, config.head_dim, config.rope_base, dtype),
-        neighbour_rotation=row_rotation(m + (positions_N + 1) % m, config.head_dim, config.rope_base, dtype),
+        rotation=row_rotation(decoder_rotary(config, positions_N[:, None], dtype), dtype),
+        neighbour_rotation=row_rotation(rotary_at(places_N1, config.head_dim, config.rope_base, dtype), dtype),
     )
 
 

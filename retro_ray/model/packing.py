@@ -18,18 +18,19 @@ _EXPECTED_ROWS = 8
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without bias, of weights [out, in] in bf16. It cannot be trained, moved or saved."""
+    """A linear layer of weights [out, in] and perhaps a bias [out], in bf16. It cannot be trained, moved or saved."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
+        self._bias = None if bias is None else bias.detach()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _EXPECTED_ROWS)
 
     def forward(self, x: Tensor) -> Tensor:
         # A single row would be summed in another order than the same row beside others.
         alone = self.in_features > LONG_SUM and x.numel() == self.in_features
         rows = x.reshape(1, -1).expand(2, -1).contiguous() if alone else x
-        product = torch.ops.mkldnn._linear_pointwise(rows, self._packed, None, "none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
         return product[0].view(*x.shape[:-1], -1) if alone else product
 
 
@@ -47,11 +48,13 @@ def pack_weights(model: RetroModel) -> bool:
     for module in model.modules():
         if isinstance(module, SelfAttention):
             projections = module.query, module.key, module.value
-            module.joint_projection = PackedLinear(torch.cat([linear.weight for linear in projections]))
+            biases = [linear.bias for linear in projections if linear.bias is not None]
+            weights = torch.cat([linear.weight for linear in projections])
+            module.joint_projection = PackedLinear(weights, torch.cat(biases) if biases else None)
             del module.query, module.key, module.value
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight))
+                setattr(module, name, PackedLinear(child.weight, child.bias))
     model.packed_read_out = PackedLinear(model.read_out_weight)
     return True

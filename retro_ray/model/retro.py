@@ -16,28 +16,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from retro_ray.config import ModelConfig
-from retro_ray.model.attention import SelfAttention
 from retro_ray.model.cache import DecodeCache, PromptRecorder
 from retro_ray.model.chunked import ChunkedCrossAttention
+from retro_ray.model.decoder_layer import DecoderLayer
 from retro_ray.model.decoding import read_new_tokens, read_prompts
 from retro_ray.model.encoder import EncodedNeighbours, NeighbourEncoder
 from retro_ray.model.inputs import SequenceInputs, sequence_inputs, split_chunks
-from retro_ray.model.layers import FeedForward
 
 
-class DecoderLayer(nn.Module):
-    """One layer p of the decoder; with a chunked cross-attention, added later, if p is in P."""
-
-    cca: ChunkedCrossAttention | None
-
-    def __init__(self, config: ModelConfig, number: int) -> None:
-        super().__init__()
-        self.number = number
-        self.self_attention = SelfAttention(config.hidden_dim, config.num_heads, config.head_dim, config.norm_eps)
-        self.register_module("cca", None)
-        self.feed_forward = FeedForward(config.hidden_dim, config.ffn_dim, config.norm_eps)
-        self.self_attention.initialise(config.num_layers)
-        self.feed_forward.initialise(config.num_layers)
+def belongs_to_retrieval(weight_name: str) -> bool:
+    """Whether a weight of a `RetroModel` has no part in it without neighbours."""
+    return weight_name.startswith(("encoder.", "neighbour_embedding.")) or ".cca." in weight_name
 
 
 class RetroModel(nn.Module):
@@ -121,6 +110,13 @@ class RetroModel(nn.Module):
         """[V, D]: the token embedding, if tied."""
         return self.token_embedding.weight if self.untied_read_out is None else self.untied_read_out.weight
 
+    def freeze_decoder(self) -> None:
+        """RETRO-fitting: from now on encoder and chunked cross-attentions alone are trained, and without
+        neighbours the model remains what it is.
+        """
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(belongs_to_retrieval(name))
+
     def count_parameters(self, include_embeddings: bool = False) -> int:
         """Number of weights; by default without token embeddings and an untied read-out."""
         vocabulary = (self.token_embedding, self.neighbour_embedding, self.untied_read_out)
@@ -174,18 +170,19 @@ class RetroModel(nn.Module):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """EMB."""
-        return self._embed(tokens, self.token_embedding)
+        return self._embed(tokens, self.token_embedding, self.config.normalize_embeddings)
 
     def embed_neighbours(self, neighbours: Tensor) -> Tensor:
         """EMB_enc."""
-        return self._embed(neighbours, self.neighbour_embedding or self.token_embedding)
+        normalize = self.config.normalize_embeddings or self.config.normalize_neighbour_embeddings
+        return self._embed(neighbours, self.neighbour_embedding or self.token_embedding, normalize)
 
-    def _embed(self, tokens: Tensor, embedding: nn.Embedding) -> Tensor:
+    def _embed(self, tokens: Tensor, embedding: nn.Embedding, normalize: bool) -> Tensor:
         """Rows of an embedding. Normalised to a mean square of 1, whatever the scale that a tied read-out asks of the
         weights, a token's identity is not swamped by what the layers write next to it.
         """
         h = embedding(tokens)
-        return F.rms_norm(h, h.shape[-1:], eps=1e-8) if self.config.normalize_embeddings else h
+        return F.rms_norm(h, h.shape[-1:], eps=1e-8) if normalize else h
 
     def _new_embedding(self, dim: int) -> nn.Embedding:
         """A [V, dim] table with starting weights."""

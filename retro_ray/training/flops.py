@@ -29,8 +29,9 @@ def training_flops_per_token(config: ModelConfig) -> float:
     Recomputation (gradient checkpointing) is not counted, as usual.
     """
     attended = config.num_heads * config.head_dim
-    projections = 4 * config.hidden_dim * attended
-    weights = config.num_layers * (projections + 2 * config.hidden_dim * config.ffn_dim)
+    projections = 2 * config.hidden_dim * (attended + config.kv_heads * config.head_dim)
+    feed_forward = (3 if config.feed_forward == "swiglu" else 2) * config.hidden_dim * config.ffn_dim
+    weights = config.num_layers * (projections + feed_forward)
     weights += config.vocab_size * config.hidden_dim
     products = config.num_layers * 2 * attended * config.context_length / 2  # causal: half of the pairs
     if config.cca_layers:

@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retro_ray.model import DecodeCache, RetroModel
-from tests.unit.model.models import Batch, random_batch, random_model, small_config
+from tests.unit.model.models import LLAMA_BLOCKS, Batch, random_batch, random_model, small_config
 
 MOST_TOKENS = 18
+BLOCKS = st.sampled_from([{}, LLAMA_BLOCKS])
 
 
 def full_logits(model: RetroModel, batch: Batch, arrived_BL: Tensor) -> Tensor:
@@ -39,6 +40,7 @@ def decode_one(
 @settings(max_examples=50, deadline=None)
 @given(
     start=st.sampled_from(["paper", "copy"]),
+    blocks=BLOCKS,
     cca_layers=st.sampled_from([(), (1,), (2, 3), (1, 2, 3), (3,)]),
     lengths=st.lists(st.integers(1, MOST_TOKENS - 1), min_size=1, max_size=4),
     num_neighbours=st.integers(1, 3),
@@ -47,6 +49,7 @@ def decode_one(
 )
 def test_prompts_of_any_length_then_single_tokens(
     start: str,
+    blocks: dict,
     cca_layers: tuple[int, ...],
     lengths: list[int],
     num_neighbours: int,
@@ -54,7 +57,7 @@ def test_prompts_of_any_length_then_single_tokens(
     data: st.DataObject,
 ) -> None:
     """Sequences of different lengths, some pausing at times, some chunks without neighbours."""
-    config = small_config(cca_start=start, cca_layers=cca_layers, share_encoder_embedding=True)
+    config = small_config(cca_start=start, cca_layers=cca_layers, share_encoder_embedding=True, **blocks)
     model = random_model(config, seed)
     batch_size = len(lengths)
     batch = random_batch(
@@ -88,16 +91,17 @@ def test_prompts_of_any_length_then_single_tokens(
 @settings(max_examples=40, deadline=None)
 @given(
     start=st.sampled_from(["paper", "copy"]),
+    blocks=BLOCKS,
     cca_layers=st.sampled_from([(), (2, 3), (1, 2, 3), (3,)]),
     lengths=st.lists(st.integers(1, MOST_TOKENS - 1), min_size=1, max_size=4),
     seed=st.integers(0, 2**31),
     data=st.data(),
 )
 def test_several_new_tokens_in_one_pass_some_of_them_wrong(
-    start: str, cca_layers: tuple[int, ...], lengths: list[int], seed: int, data: st.DataObject
+    start: str, blocks: dict, cca_layers: tuple[int, ...], lengths: list[int], seed: int, data: st.DataObject
 ) -> None:
     """Every slot gets another number of tokens, none at times; those behind the right ones are taken back."""
-    config = small_config(cca_start=start, cca_layers=cca_layers)
+    config = small_config(cca_start=start, cca_layers=cca_layers, **blocks)
     model = random_model(config, seed)
     batch_size = len(lengths)
     batch = random_batch(config, batch_size=batch_size, num_tokens=MOST_TOKENS, seed=seed)

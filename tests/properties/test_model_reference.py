@@ -18,6 +18,9 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
     encoder_layers = draw(st.integers(1, 2))
     hidden_dim = draw(st.sampled_from([4, 6]))
     share = draw(st.booleans())
+    head_dim = draw(st.sampled_from([2, 4]))
+    num_heads, num_kv_heads = draw(st.sampled_from([(1, None), (2, None), (2, 1), (4, 2)]))
+    frequencies = st.floats(0.01, 2.0)
     layers_from = {n: st.sets(st.integers(1, n)).map(lambda s: tuple(sorted(s))) for n in (1, 2, 3)}
     return ModelConfig(
         vocab_size=11,
@@ -25,9 +28,13 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         num_chunks=3,
         hidden_dim=hidden_dim,
         num_layers=num_layers,
-        num_heads=draw(st.integers(1, 2)),
-        head_dim=draw(st.sampled_from([2, 4])),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
         ffn_dim=5,
+        feed_forward=draw(st.sampled_from(["gelu", "swiglu"])),
+        attention_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
         cca_layers=draw(layers_from[num_layers]),
         encoder_dim=hidden_dim if share else draw(st.sampled_from([4, 8])),
         encoder_layers=encoder_layers,
@@ -36,6 +43,9 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         encoder_ca_layers=draw(layers_from[encoder_layers]),
         share_encoder_embedding=share,
         normalize_embeddings=draw(st.booleans()),
+        normalize_neighbour_embeddings=draw(st.booleans()),
+        rope_frequencies=draw(st.just(()) | st.tuples(*[frequencies] * (head_dim // 2))),
+        rope_magnitude=draw(st.sampled_from([1.0, 1.2])),
         cca_start=draw(st.sampled_from(["paper", "copy"])),
         tie_embeddings=draw(st.booleans()),
     )

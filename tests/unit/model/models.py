@@ -11,6 +11,19 @@ from retro_ray.model import RetroModel
 VOCAB_SIZE = 37
 
 
+LLAMA_BLOCKS = {
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "feed_forward": "swiglu",
+    "attention_bias": True,
+    "qk_norm": True,
+    "rope_frequencies": (1.0, 0.3, 0.05, 0.01),
+    "rope_magnitude": 1.1,
+    "normalize_neighbour_embeddings": True,
+}
+"""All that pretrained decoders of that family have."""
+
+
 def small_config(**changes: object) -> ModelConfig:
     """Chunks of 4 tokens, 3 layers with CCA in 2 and 3."""
     settings: dict = {

@@ -7,6 +7,7 @@ positions. It shares no code with `retro_ray.model`, only the names of the weigh
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -35,7 +36,8 @@ def naive_logits(
 
 
 def _decoder(config: ModelConfig, weights: Weights, x: Array, retrieved: list, real: list, segment: Array) -> Array:
-    h = [_embedding(config, weights["token_embedding.weight"], token) for token in x]
+    table = weights["token_embedding.weight"]
+    h = [_embedding(table, token, config.normalize_embeddings) for token in x]
     encoded = None
     for p in range(1, config.num_layers + 1):
         name = f"layers.{p - 1}"
@@ -62,7 +64,9 @@ def _encoder(config: ModelConfig, weights: Weights, retrieved: list, real: list,
         for j in range(len(retrieved[u])):
             # Numbers i' count from 1, as in the paper; tokens that are not real do not exist.
             e = {
-                i + 1: _embedding(config, weights[table], token)
+                i + 1: _embedding(
+                    weights[table], token, config.normalize_embeddings or config.normalize_neighbour_embeddings
+                )
                 for i, token in enumerate(retrieved[u][j])
                 if real[u][j][i]
             }
@@ -149,37 +153,54 @@ def _attention(config: ModelConfig, weights: Weights, name: str, query: Array, k
     if not keys:
         return np.zeros(len(weights[f"{name}.out.weight"]))
     key_inputs, value_inputs, distances = (np.array(column) for column in zip(*keys, strict=True))
-    e = config.head_dim
+    num_heads, num_kv_heads = (len(weights[f"{name}.{part}.weight"]) // config.head_dim for part in ("query", "key"))
     heads = []
-    for head in range(len(weights[f"{name}.query.weight"]) // e):
-        w_q, w_k, w_v = (weights[f"{name}.{part}.weight"][head * e : (head + 1) * e] for part in _PARTS)
-        logits = _logits(config, w_q @ query, key_inputs @ w_k.T, distances)
+    for head in range(num_heads):
+        kv_head = head * num_kv_heads // num_heads
+        [q] = _projected(config, weights, f"{name}.query", head, [query])
+        k = _projected(config, weights, f"{name}.key", kv_head, key_inputs)
+        logits = _logits(config, name, q, np.array(k), distances)
         shares = np.exp(logits - logits.max())
-        heads.append(shares / shares.sum() @ (value_inputs @ w_v.T))
-    return weights[f"{name}.out.weight"] @ np.concatenate(heads)
+        heads.append(
+            shares / shares.sum() @ np.array(_projected(config, weights, f"{name}.value", kv_head, value_inputs))
+        )
+    return weights[f"{name}.out.weight"] @ np.concatenate(heads) + weights.get(f"{name}.out.bias", 0)
 
 
-_PARTS = ("query", "key", "value")
+def _projected(config: ModelConfig, weights: Weights, name: str, head: int, inputs: Iterable[Array]) -> list[Array]:
+    own = slice(head * config.head_dim, (head + 1) * config.head_dim)
+    bias = weights[f"{name}.bias"][own] if f"{name}.bias" in weights else 0
+    projected = [weights[f"{name}.weight"][own] @ x + bias for x in inputs]
+    norm = weights.get(f"{name}_norm.weight")
+    return projected if norm is None else [_rms_norm(config, norm, x) for x in projected]
 
 
-def _logits(config: ModelConfig, q: Array, k: Array, d: Array) -> Array:
+def _logits(config: ModelConfig, name: str, q: Array, k: Array, d: Array) -> Array:
     """Rotary positions: the pairs (e, e + E/2) are complex numbers, turned against each other by d."""
     half = config.head_dim // 2
     q_complex, k_complex = q[:half] + 1j * q[half:], k[:, :half] + 1j * k[:, half:]
-    turned = np.exp(1j * d[:, None] * config.rope_base ** -(np.arange(half) / half))
+    frequencies, magnitude = config.rope_base ** -(np.arange(half) / half), 1.0
+    if config.rope_frequencies and name.startswith("layers.") and name.endswith("self_attention"):
+        frequencies, magnitude = np.array(config.rope_frequencies), config.rope_magnitude
+    turned = magnitude**2 * np.exp(1j * d[:, None] * frequencies)
     return (q_complex * k_complex.conj() * turned).real.sum(axis=1) / math.sqrt(config.head_dim)
 
 
 def _feed_forward(config: ModelConfig, weights: Weights, name: str, h: Array) -> Array:
-    x = weights[f"{name}.up.weight"] @ _rms_norm(config, weights[f"{name}.norm.weight"], h)
-    gelu = np.array([0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in x])
-    return h + weights[f"{name}.down.weight"] @ gelu
+    normed = _rms_norm(config, weights[f"{name}.norm.weight"], h)
+    x = weights[f"{name}.up.weight"] @ normed
+    if f"{name}.gate.weight" in weights:
+        gate = weights[f"{name}.gate.weight"] @ normed
+        x = x * gate / (1 + np.exp(-gate))
+    else:
+        x = np.array([0.5 * value * (1 + math.erf(value / math.sqrt(2))) for value in x])
+    return h + weights[f"{name}.down.weight"] @ x
 
 
 def _rms_norm(config: ModelConfig, weight: Array, x: Array) -> Array:
     return weight * x / math.sqrt(float(np.mean(x**2)) + config.norm_eps)
 
 
-def _embedding(config: ModelConfig, table: Array, token: int) -> Array:
+def _embedding(table: Array, token: int, normalize: bool) -> Array:
     x = table[token]
-    return x / math.sqrt(float(np.mean(x**2)) + 1e-8) if config.normalize_embeddings else x
+    return x / math.sqrt(float(np.mean(x**2)) + 1e-8) if normalize else x

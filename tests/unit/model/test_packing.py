@@ -1,12 +1,13 @@
 """Packed weights give the same logits; and, on a CPU that they are made for, whatever is beside a sequence."""
 
+import pytest
 import torch
 
 from retro_ray.model import RetroModel
 from retro_ray.model.cache import whole_blocks
 from retro_ray.model.new_tokens import place_new_tokens
 from retro_ray.model.packing import pack_weights
-from tests.unit.model.models import random_batch, random_model, small_config
+from tests.unit.model.models import LLAMA_BLOCKS, random_batch, random_model, small_config
 
 WIDE = {
     "hidden_dim": 64,
@@ -23,13 +24,18 @@ def tolerance() -> dict[str, float]:
     return {"rtol": 0, "atol": 0} if pack_weights(bf16_model()) else {"rtol": 0.1, "atol": 0.1}
 
 
-def bf16_model() -> RetroModel:
-    config = small_config(**WIDE, normalize_embeddings=True, cca_start="copy")
+OF_LLAMA = {**LLAMA_BLOCKS, "rope_frequencies": tuple(10.0 ** -(n / 4) for n in range(16))}
+BLOCKS = pytest.mark.parametrize("blocks", [{}, OF_LLAMA], ids=["ours", "llama"])
+
+
+def bf16_model(**blocks: object) -> RetroModel:
+    config = small_config(**WIDE, **blocks, normalize_embeddings=True, cca_start="copy")
     return random_model(config).to(torch.bfloat16).eval()
 
 
-def test_packed_weights_give_the_same_logits() -> None:
-    plain, packed = bf16_model(), bf16_model()
+@BLOCKS
+def test_packed_weights_give_the_same_logits(blocks: dict) -> None:
+    plain, packed = bf16_model(**blocks), bf16_model(**blocks)
     pack_weights(packed)
     batch = random_batch(plain.config, num_tokens=14)
     expected, actual = (model(batch.tokens_BT, **batch.retrieval) for model in (plain, packed))
@@ -70,9 +76,10 @@ def test_a_token_reads_the_same_to_the_bit_whatever_is_beside_it() -> None:
         torch.testing.assert_close(alone.read_past(q_NHE[row : row + 1], *own)[0], together[row], **tolerance())
 
 
-def test_a_sequence_gets_the_same_logits_to_the_bit_whatever_is_beside_it() -> None:
+@BLOCKS
+def test_a_sequence_gets_the_same_logits_to_the_bit_whatever_is_beside_it(blocks: dict) -> None:
     """Prompts, single tokens and several, short beside long."""
-    model = bf16_model()
+    model = bf16_model(**blocks)
     pack_weights(model)
     batch = random_batch(model.config, batch_size=3, num_tokens=1080, num_neighbours=1)
     lengths = [1030, 1002, 9]

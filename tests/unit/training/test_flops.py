@@ -9,10 +9,12 @@ from retro_ray.recipes import get_recipe
 from retro_ray.training.flops import peak_flops, training_flops_per_token
 
 
-@pytest.mark.parametrize("cca_layers", [(2, 4), ()])
-def test_the_count_is_torchs(cca_layers):
+@pytest.mark.parametrize(
+    ("cca_layers", "changes"), [((2, 4), {}), ((), {}), ((2, 4), {"num_kv_heads": 1, "feed_forward": "swiglu"})]
+)
+def test_the_count_is_torchs(cca_layers, changes):
     config = get_recipe("tiny")(500, 16).model
-    config = dataclasses.replace(config, cca_layers=cca_layers)
+    config = dataclasses.replace(config, cca_layers=cca_layers, **changes)
     model = RetroModel(config)
     tokens_BT = torch.randint(0, 500, (2, config.context_length))
     neighbours = torch.randint(0, 500, (2, config.num_chunks, config.num_neighbours, config.neighbour_length))
