@@ -149,7 +149,7 @@ class RetroModel(nn.Module):
     ) -> tuple[Tensor, EncodedNeighbours | None]:
         remember = None if recorder is None else partial(recorder.keys_values, layer.number)
         h_BTD = layer.self_attention(
-            h_BTD, inputs.rotary, mask=inputs.mask, causal=inputs.mask is None, remember=remember
+            h_BTD, inputs.rotary, mask=inputs.mask, causal=True, remember=remember
         )
         if layer.number == self.first_cca_layer:
             if recorder is not None:

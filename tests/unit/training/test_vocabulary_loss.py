@@ -8,9 +8,11 @@ from retro_ray.training.vocabulary_loss import vocabulary_loss
 N, D, V = 37, 8, 50
 
 
-@pytest.fixture(autouse=True, params=[1, 7, 1000], ids=lambda positions: f"{positions} positions at once")
+@pytest.fixture(autouse=True, params=[(1, 1), (7, 1), (7, 17), (1000, 1000)], ids=str)
 def positions_at_once(request, monkeypatch):
-    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", {"cpu": request.param * V})
+    logits, slopes = request.param
+    monkeypatch.setattr(module, "_LOGITS_AT_ONCE", {"cpu": logits * V})
+    monkeypatch.setattr(module, "_SLOPES_AT_ONCE", slopes * V)
 
 
 def inputs(dtype=torch.float64, scale: float = 1.0):
@@ -34,6 +36,15 @@ def test_loss_and_gradients_are_those_of_cross_entropy():
         torch.autograd.grad(3 * ours, (h, weight)), torch.autograd.grad(3 * theirs, (h, weight)), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+def test_a_frozen_read_out_changes_nothing_else():
+    h, weight, targets = inputs()
+    [expected] = torch.autograd.grad(vocabulary_loss(h, weight, targets), h)
+    weight.requires_grad_(False)
+    vocabulary_loss(h, weight, targets).backward()
+    assert weight.grad is None
+    assert torch.equal(h.grad, expected)
 
 
 def test_large_logits_do_not_overflow():

@@ -1,0 +1,39 @@
+"""Causal attention in blocks of queries, against the textbook's formula."""
+
+import pytest
+import torch
+
+from retro_ray.model import attention, causal_attention
+from retro_ray.model.attention import attend, attention_weights
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 11])
+@pytest.mark.parametrize("kind", ["causal", "one mask", "a mask each"])
+def test_values_and_gradients_are_those_of_a_masked_softmax(num_tokens, kind, monkeypatch) -> None:
+    monkeypatch.setattr(causal_attention, "_BLOCK", 4)
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    allowed = torch.ones(num_tokens, num_tokens, dtype=torch.bool).tril()
+    mask = None
+    if kind != "causal":
+        documents = torch.randint(0, 3, (1 if kind == "one mask" else 2, num_tokens))
+        mask = allowed = (allowed & (documents[:, :, None] == documents[:, None]))[:, None]
+    results = [causal_attention.causal_attention(q, k, v, mask), attention_weights(q, k, allowed) @ v]
+    gradients = [torch.autograd.grad(out.sin().sum(), (q, k, v)) for out in results]
+    for ours, theirs in zip((results[0], *gradients[0]), (results[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_training_uses_it_and_heads_may_share_keys(monkeypatch) -> None:
+    monkeypatch.setattr(causal_attention, "_BLOCK", 4)
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    in_blocks = attend(q, k, v, causal=True)
+    assert "CausalAttention" in str(in_blocks.grad_fn) or "CausalAttention" in str(in_blocks.grad_fn.next_functions)
+    monkeypatch.setattr(attention, "_TRAINED_MAX_POSITIONS", 0)
+    plain = attend(q, k, v, causal=True)
+    torch.testing.assert_close(in_blocks, plain)
+    of_both = (torch.autograd.grad(out.sin().sum(), (q, k, v)) for out in (in_blocks, plain))
+    for ours, theirs in zip(*of_both, strict=True):
+        torch.testing.assert_close(ours, theirs)
