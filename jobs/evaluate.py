@@ -34,6 +34,8 @@ class EvaluateJob:
     records: RecordConfig = field(default_factory=RecordConfig)
     baseline: Path | None = None
     """Score this model beside it, without retrieval: folder of a checkpoint, of a run, or of a home."""
+    near_duplicates: bool = False
+    """List the documents of which the database has nearly the same one: all of its text is read."""
     num_neighbours: int | None = None
     """Neighbours per chunk. Default: as many as in training."""
     max_chunks: int | None = None
@@ -47,9 +49,10 @@ class EvaluateJob:
 def main(job: EvaluateJob) -> None:
     """Evaluate, then print tables."""
     from retro_ray.evaluation.evaluate import evaluate
+    from retro_ray.evaluation.near_duplicates import find_near_duplicates
     from retro_ray.evaluation.results import as_json, write_result
     from retro_ray.evaluation.subject import open_subject
-    from retro_ray.evaluation.tables import leakage_table, scores_table
+    from retro_ray.evaluation.tables import leakage_table, near_duplicates_table, scores_table
     from retro_ray.ray_session import connect
 
     connect()
@@ -65,6 +68,10 @@ def main(job: EvaluateJob) -> None:
         write_result(subject.run, "scores", result)
         print(scores_table(result))
         print(leakage_table(result))
+        if job.near_duplicates:
+            result["near_duplicates"] = find_near_duplicates(subject)
+            write_result(subject.run, "near_duplicates", result["near_duplicates"])
+            print(near_duplicates_table(result["near_duplicates"]))
     if job.json is not None:
         job.json.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
 

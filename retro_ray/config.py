@@ -73,6 +73,9 @@ class DatabaseConfig:
     """Share of the exact 10 nearest neighbours that the index is to find; 1 searches exactly, however slowly."""
     bytes_per_chunk: int | None = None
     """Most memory that an index may take per chunk, its keys not counted. Default: any."""
+    exclude_near: tuple[str, ...] = ()
+    """Leave out documents that are nearly the same as one of these files, folders and globs, a test set say: whose
+    13-grams of tokens overlap with its by 80 % or more."""
     seed: int = 0
     """Of the held-out choice and of the index training sample."""
     rerank: RerankMethod = "none"

@@ -24,7 +24,7 @@ import ray
 
 from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig
 from retro_ray.database.assemble import assemble_partition
-from retro_ray.database.build_plan import plan_build
+from retro_ray.database.build_plan import excluded_corpus, plan_build
 from retro_ray.database.chunk_units import unit_is_finished
 from retro_ray.database.commit import (
     WORK_NAME,
@@ -35,6 +35,7 @@ from retro_ray.database.commit import (
     remove_leftovers,
 )
 from retro_ray.database.embed_units import embed_units
+from retro_ray.database.exclusion import read_excluded, read_left_out
 from retro_ray.database.format import (
     MANIFEST_NAME,
     FileRecord,
@@ -61,7 +62,7 @@ from retro_ray.database.tasks import (
     survey_to_disk,
 )
 from retro_ray.database.token_statistics import write_token_statistics
-from retro_ray.errors import DatabaseError
+from retro_ray.errors import DatabaseError, InputError
 from retro_ray.ray_session import run_tasks
 from retro_ray.retrieval.shard_actor import refresh_shard_actors, stop_shard_actors
 from retro_ray.text.corpus import ReadUnit, SkippedRecord
@@ -124,7 +125,7 @@ class DatabaseBuilder:
             with self._stage("tokenizer"):
                 tokenizer = self._prepare_tokenizer(survey)
             with self._stage("embed"):
-                self._chunk_and_embed(units, survey, split, tokenizer)
+                survey.skipped += self._chunk_and_embed(units, survey, split, tokenizer)
             with self._stage("assemble"):
                 partitions = self._assemble(units, split, tokenizer)
             with self._stage("index"):
@@ -235,22 +236,32 @@ class DatabaseBuilder:
 
     def _chunk_and_embed(
         self, units: list[ReadUnit], survey: CorpusSurvey, split: Split, tokenizer: TextTokenizer
-    ) -> None:
+    ) -> list[SkippedRecord]:
+        """Pages of all units; returns the documents that were left out, as near to those of --exclude-near."""
         todo = [unit for unit in units if not unit_is_finished(self._pages, unit.index)]
-        if not todo:
-            return
-        embed_units(
-            todo,
-            self._corpus,
-            self._config,
-            split,
-            pages=self._pages,
-            tokenizer_folder=self._tokenizer_folder,
-            num_chunks=survey.estimate_chunks(tokenizer, self._config.chunk_length),
-        )
+        if todo:
+            exclude = self._config.exclude_near
+            embed_units(
+                todo,
+                self._corpus,
+                self._config,
+                split,
+                pages=self._pages,
+                tokenizer_folder=self._tokenizer_folder,
+                num_chunks=survey.estimate_chunks(tokenizer, self._config.chunk_length),
+                excluded=read_excluded(excluded_corpus(self._corpus, self._config), tokenizer) if exclude else None,
+            )
         unfinished = [unit.index for unit in units if not unit_is_finished(self._pages, unit.index)]
         if unfinished:
             raise DatabaseError(f"units {unfinished[:10]} were not embedded completely: start the job again to go on")
+        left_out = read_left_out(self._pages, [unit.index for unit in units])
+        if left_out:
+            logger.info("%d documents are near to those of --exclude-near, and left out", len(left_out))
+        if len(left_out) == survey.num_documents:
+            raise InputError(
+                f"all {len(left_out)} documents are near to those of --exclude-near: there is nothing left"
+            )
+        return left_out
 
     def _assemble(self, units: list[ReadUnit], split: Split, tokenizer: TextTokenizer) -> list[Partition]:
         """Partitions with chunks, the shards first and numbered by chunk_id_base."""

@@ -36,19 +36,28 @@ def plan_build(corpus: CorpusConfig, config: DatabaseConfig) -> BuildPlan:
         ConfigError: there is no such embedder.
     """
     units = plan_units(corpus)
+    asked = dataclasses.asdict(config)
+    excluded = plan_units(excluded_corpus(corpus, config)) if config.exclude_near else []
+    if not excluded:
+        del asked["exclude_near"]  # databases built before there was such a setting stay what they are
     embedder = ChunkEmbedder(config.embedder, device="cpu", bf16=False)
     build_id = fingerprint(
         {
             "format_version": FORMAT_VERSION,
             "chunks_per_page": CHUNKS_PER_PAGE,
             "corpus": dataclasses.asdict(corpus),
-            "config": dataclasses.asdict(config),
+            "config": asked,
             "embedder": embedder.fingerprint,
             "units": [unit.to_dict() for unit in units],
-            "files": [_file_identities(unit) for unit in units],
+            "files": [_file_identities(unit) for unit in [*units, *excluded]],
         }
     )
     return BuildPlan(build_id, units, embedder.fingerprint, embedder.dim)
+
+
+def excluded_corpus(corpus: CorpusConfig, config: DatabaseConfig) -> CorpusConfig:
+    """What `exclude_near` names, to be read as the corpus is."""
+    return dataclasses.replace(corpus, input=config.exclude_near, share=1.0)
 
 
 def _file_identities(unit: ReadUnit) -> list[list[str]]:

@@ -9,17 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from retro_ray.config import CorpusConfig
+from retro_ray.database.exclusion import without_near, write_left_out
 from retro_ray.database.pages import Page, PageMaker, contents_path, page_path, write_contents
 from retro_ray.database.reading import chosen_records
 from retro_ray.database.split import Split
 from retro_ray.text.chunking import ChunkedDocument, chunk_document
 from retro_ray.text.corpus import ReadUnit, SkippedRecord
 from retro_ray.text.tokenizer import TextTokenizer
+
+if TYPE_CHECKING:
+    from retro_ray.text.near_duplicates import NearDocuments
 
 Batch = dict[str, np.ndarray]
 
@@ -38,16 +43,30 @@ def unit_is_finished(pages: Path, unit: int) -> bool:
 
 
 def chunk_units(
-    batch: Batch, pages: Path, corpus: CorpusConfig, split: Split, tokenizer_folder: Path, chunk_length: int
+    batch: Batch,
+    pages: Path,
+    corpus: CorpusConfig,
+    split: Split,
+    tokenizer_folder: Path,
+    chunk_length: int,
+    excluded: NearDocuments | None = None,
 ) -> Iterator[Batch]:
-    """Read units and yield their pages, leaving out the pages that an earlier run finished."""
+    """Read units and yield their pages, leaving out the pages that an earlier run finished.
+
+    Documents near to one of `excluded` are in no page, and listed.
+    """
     tokenizer = TextTokenizer.load(tokenizer_folder)
     for content in batch["unit"]:
         unit = ReadUnit.from_dict(json.loads(str(content)))
         maker = PageMaker(unit.index, split, tokenizer.vocab_size)
-        for page in maker.pages(_chunked_documents(unit, corpus, tokenizer, chunk_length)):
+        documents = _chunked_documents(unit, corpus, tokenizer, chunk_length)
+        left_out: list[SkippedRecord] = []
+        if excluded is not None:
+            documents = without_near(documents, excluded, left_out)
+        for page in maker.pages(documents):
             if not page.path(pages).exists():
                 yield _page_to_batch(page)
+        write_left_out(pages, unit.index, left_out)
         write_contents(pages, unit.index, maker.contents)
 
 

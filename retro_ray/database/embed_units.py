@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -21,6 +21,9 @@ from retro_ray.database.split import Split
 from retro_ray.progress import progress_bar
 from retro_ray.ray_session import num_cluster_gpus, num_free_cpus
 from retro_ray.text.corpus import ReadUnit
+
+if TYPE_CHECKING:
+    from retro_ray.text.near_duplicates import NearDocuments
 
 # Ray Data cuts blocks at this size. A page is larger, so every page is a block and all embedders get some.
 _BLOCK_BYTES = 1 << 15
@@ -38,6 +41,7 @@ def embed_units(
     pages: Path,
     tokenizer_folder: Path,
     num_chunks: int,
+    excluded: NearDocuments | None = None,
 ) -> None:
     """Write the pages of units; those that are there already are not made again.
 
@@ -49,6 +53,7 @@ def embed_units(
         pages: folder of the pages.
         tokenizer_folder: of the database's tokenizer.
         num_chunks: about how many there will be, for the progress bar.
+        excluded: documents near to one of these are left out.
     """
     context = ray.data.DataContext.get_current()
     context.target_max_block_size = _BLOCK_BYTES
@@ -68,6 +73,7 @@ def embed_units(
                 "split": split,
                 "tokenizer_folder": tokenizer_folder,
                 "chunk_length": config.chunk_length,
+                "excluded": excluded,
             },
             batch_size=1,
             compute=ray.data.TaskPoolStrategy(size=max(1, num_cpus // 4)),

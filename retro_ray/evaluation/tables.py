@@ -46,6 +46,24 @@ def leakage_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def near_duplicates_table(result: dict[str, Any]) -> str:
+    """The documents of which the database has nearly the same, the most similar first."""
+    pairs = result["pairs"]
+    lines = [
+        "",
+        f"{result['documents_with']} of {result['documents']} documents have a near duplicate in the database "
+        f"(13-grams of tokens shared: {result['min_jaccard']:.0%} or more)",
+    ]
+    for pair in pairs[:_MAX_PAIRS]:
+        lines.append(f"{pair['jaccard']:7.1%}  {pair['document']}  =  {pair['near']}")
+    if len(pairs) > _MAX_PAIRS:
+        lines.append(f"         and {len(pairs) - _MAX_PAIRS} more (--json lists them)")
+    return "\n".join(lines)
+
+
+_MAX_PAIRS = 10
+
+
 def as_interval(interval: tuple[float, float]) -> str:
     """An interval, or nothing where there is none."""
     return "" if math.isnan(interval[0]) else f"{interval[0]:.4f}-{interval[1]:.4f}"

@@ -36,6 +36,7 @@ RAY_MODULES = {
     "commands/demo.py",
     "database/build.py",
     "database/embed_units.py",
+    "evaluation/near_duplicates.py",
     "evaluation/workers.py",
     "ray_session.py",
     "retrieval/announce.py",

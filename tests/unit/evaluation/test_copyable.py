@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_ray.evaluation.copyable import newly_copyable, ngram_codes
+from retro_ray.evaluation.copyable import newly_copyable
+from retro_ray.text.ngrams import ngram_codes
 
 M = 4
 
@@ -49,5 +50,5 @@ def test_shorter_than_an_ngram(length: int) -> None:
 
 def test_codes_tell_ngrams_apart() -> None:
     grams = np.random.default_rng(0).integers(0, 1 << 16, (200_000, 5))
-    assert len(np.unique(ngram_codes(grams))) == len(np.unique(grams, axis=0))
+    assert len(np.unique(ngram_codes(grams, grams.shape[1]))) == len(np.unique(grams, axis=0))
     assert ngram_codes(np.array([1, 2, -1, 4, 5]), 2).tolist()[1:3] == [0, 0]
