@@ -15,9 +15,10 @@ from typing import Literal
 
 from retro_ray.command_line import parse, run
 from retro_ray.config import default_home
+from retro_ray.errors import ConfigError
 
 # Flags that replace a recipe's settings, and the fields they stand for.
-_MODEL_FIELDS = ("num_neighbours", "cca_start")
+_MODEL_FIELDS = ("num_chunks", "num_neighbours", "cca_start")
 _TRAINING_FIELDS = (
     "batch_size",
     "micro_batch_size",
@@ -44,6 +45,12 @@ class TrainFlags:
     """Folder of the database and the runs. $RETRO_RAY_HOME, or ~/.retro_ray."""
     recipe: str | None = None
     """tiny (the default), small, paper-172m, paper-425m, paper-1.5b or paper-7.5b."""
+    retrofit: str | None = None
+    """In place of a recipe: a pretrained model that learns to read neighbours, and without them stays what
+    it is. Folder or name of a Hugging Face model (Llama, Mistral, Qwen2, Qwen3) whose tokenizer the
+    database has, or folder of a run."""
+    unfreeze: bool = False
+    """With --retrofit: train the pretrained weights too."""
     run: str = "default"
     """Name of the run; an older one of that name is kept as NAME-1, NAME-2, ..."""
     resume: bool = False
@@ -64,6 +71,8 @@ class TrainFlags:
     """muon: Muon for the matrices inside the blocks, AdamW for all else."""
     precision: Literal["auto", "bf16", "fp32"] | None = None
     """auto: bf16 where the hardware multiplies it, else fp32."""
+    num_chunks: int | None = None
+    """Chunks per sequence."""
     num_neighbours: int | None = None
     """Neighbours per chunk (k), at most what the database stores."""
     cca_start: Literal["paper", "copy"] | None = None
@@ -94,10 +103,15 @@ def main(flags: TrainFlags) -> None:
     training = {name: value for name in _TRAINING_FIELDS if (value := getattr(flags, name)) is not None}
     if flags.steps is not None:
         training["num_steps"] = flags.steps
+    if flags.unfreeze:
+        if flags.retrofit is None:
+            raise ConfigError("--unfreeze is for --retrofit: name what is to be fitted, or leave --unfreeze out")
+        training["trained"] = "all"
     result = launch(
         flags.home.expanduser().absolute(),
         run=flags.run,
         recipe=flags.recipe,
+        retrofit=flags.retrofit,
         resume=flags.resume,
         num_workers=flags.num_workers,
         use_gpu=flags.use_gpu,

@@ -261,6 +261,9 @@ class TrainingConfig:
     """Gradients are clipped to this norm."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon` uses Muon for the matrices inside the blocks and AdamW for all else."""
+    trained: Literal["all", "retrieval"] = "all"
+    """`retrieval`: encoder and chunked cross-attentions alone (RETRO-fitting), so that the model without
+    neighbours stays what it was."""
     retrieval_dropout: float = 0.0
     """Share of training sequences that see no neighbours, so that RETRO[OFF] stays good."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -293,6 +296,8 @@ class RunConfig:
     recipe: str
     model: ModelConfig
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    base: str | None = None
+    """With RETRO-fitting: the pretrained model that the run started from."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -303,7 +308,12 @@ class RunConfig:
         model: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in content["model"].items()
         }
-        return cls(recipe=content["recipe"], model=ModelConfig(**model), training=TrainingConfig(**content["training"]))
+        return cls(
+            recipe=content["recipe"],
+            model=ModelConfig(**model),
+            training=TrainingConfig(**content["training"]),
+            base=content.get("base"),
+        )
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:

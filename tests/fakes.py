@@ -57,6 +57,7 @@ def write_tiny_database(
     vocab_size: int = 300,
     max_words: int = 120,
     seed: int = 0,
+    tokenizer: TextTokenizer | None = None,
 ) -> Database:
     """A small valid database under `home`, written without Ray, FAISS or an embedder.
 
@@ -66,7 +67,7 @@ def write_tiny_database(
     texts = tiny_texts(num_documents + num_validation_documents, seed, max_words)
     directory = database_directory(home)
     build = directory / "tiny"
-    tokenizer = train_tokenizer(texts, vocab_size, f"train:{vocab_size}")
+    tokenizer = tokenizer or train_tokenizer(texts, vocab_size, f"train:{vocab_size}")
     build.mkdir(parents=True)
     tokenizer.save(build / "tokenizer")
     rng = np.random.default_rng(seed)
@@ -88,7 +89,7 @@ def write_tiny_database(
     manifest = Manifest(
         build="tiny",
         chunk_length=chunk_length,
-        tokenizer_name=f"train:{vocab_size}",
+        tokenizer_name=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         embedder_name="none",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Literal
 
 import torch
 
@@ -22,22 +23,26 @@ _GPU_PEAK_FLOPS = {
 }
 
 
-def training_flops_per_token(config: ModelConfig) -> float:
+def training_flops_per_token(config: ModelConfig, trained: Literal["all", "retrieval"] = "all") -> float:
     """Floating-point operations of forward and backward pass per decoder token, padding included.
 
     Counts products alone: twice the weights a token meets, and the two products of each attention.
-    Recomputation (gradient checkpointing) is not counted, as usual.
+    Recomputation (gradient checkpointing) is not counted, as usual. Of a frozen decoder (`trained`
+    "retrieval") the layers from the first with retrieval on pass gradients through, and no weight
+    gets any.
     """
     attended = config.num_heads * config.head_dim
     projections = 2 * config.hidden_dim * (attended + config.kv_heads * config.head_dim)
     feed_forward = (3 if config.feed_forward == "swiglu" else 2) * config.hidden_dim * config.ffn_dim
-    weights = config.num_layers * (projections + feed_forward)
-    weights += config.vocab_size * config.hidden_dim
-    products = config.num_layers * 2 * attended * config.context_length / 2  # causal: half of the pairs
-    if config.cca_layers:
-        of_retrieval = _retrieval_products(config)
-        weights, products = weights + of_retrieval[0], products + of_retrieval[1]
-    return 3 * 2 * (weights + products)
+    read_out = config.vocab_size * config.hidden_dim
+    attention = 2 * attended * config.context_length / 2  # causal: half of the pairs
+    forward = config.num_layers * (projections + feed_forward + attention) + read_out
+    of_retrieval = sum(_retrieval_products(config)) if config.cca_layers else 0.0
+    if trained == "all":
+        return 3 * 2 * (forward + of_retrieval)
+    layers_behind = config.num_layers - min(config.cca_layers)
+    backward = layers_behind * (projections + feed_forward + 2 * attention) + feed_forward + read_out
+    return 2 * (forward + backward) + 3 * 2 * of_retrieval
 
 
 def _retrieval_products(config: ModelConfig) -> tuple[float, float]:

@@ -71,7 +71,13 @@ def new_config(recipe: str, manifest: Manifest, model: dict[str, Any], training:
     return replaced(config, training)
 
 
-def resumed_config(directory: Path, recipe: str | None, model: dict[str, Any], training: dict[str, Any]) -> RunConfig:
+def resumed_config(
+    directory: Path,
+    recipe: str | None,
+    model: dict[str, Any],
+    training: dict[str, Any],
+    retrofit: str | None = None,
+) -> RunConfig:
     """The config a run was started with, with some settings of `TrainingConfig` replaced.
 
     Raises:
@@ -83,7 +89,10 @@ def resumed_config(directory: Path, recipe: str | None, model: dict[str, Any], t
         config = RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))["config"])
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"cannot resume: {path} cannot be read ({error}); start anew without --resume") from error
-    wanted = {"recipe": (recipe or config.recipe, config.recipe)}
+    wanted: dict[str, tuple[Any, Any]] = {"recipe": (recipe or config.recipe, config.recipe)}
+    if retrofit is not None:
+        path = Path(retrofit).expanduser()
+        wanted["retrofit"] = str(path.absolute()) if path.exists() else retrofit, config.base
     wanted |= {name: (value, getattr(config.model, name)) for name, value in model.items()}
     for name, (asked, started_with) in wanted.items():
         if asked != started_with:

@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from retro_ray.config import RunConfig
 from retro_ray.database.store import ChunkStore, Database
+from retro_ray.errors import CheckpointError
 from retro_ray.evaluation.bits_per_byte import BitsPerByte, RetrievalMode, choose_documents, score_documents
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.batches import Prefetcher, TrainingBatches
@@ -85,12 +86,14 @@ class Trainer:
         torch.manual_seed(config.seed)
         self._model = RetroModel(job.config.model).to(device)
         self._model.gradient_checkpointing = config.gradient_checkpointing
+        if config.trained == "retrieval":
+            self._model.freeze_decoder()
         self._step = TrainingStep(self._model, config, device)
         self._validation: dict[str, float] = {}
         self._steps_done = self._continue_from_checkpoint()
 
-    def run(self) -> TrainingOutcome:
-        """Train to the last step."""
+    def run(self, stop: Callable[[], bool] | None = None) -> TrainingOutcome:
+        """Train to the last step; or until `stop`, asked behind every checkpoint, says so on all workers."""
         config, log = self._config, MetricsLog(self._job.run_directory / METRICS_NAME)
         precision = resolve_precision(config.precision, self._device)
         if self._rank == 0:
@@ -103,7 +106,7 @@ class Trainer:
             self._say,
             num_steps=config.num_steps,
             first_step=self._steps_done,
-            flops_per_token=training_flops_per_token(self._job.config.model),
+            flops_per_token=training_flops_per_token(self._job.config.model, config.trained),
             peak_flops=peak and peak * self._world_size,
         )
         with Prefetcher(self._batches, self._steps_done, config.num_steps) as steps:
@@ -112,18 +115,19 @@ class Trainer:
                 self._steps_done += 1
                 if self._rank == 0:
                     progress.add(result, share.num_targets)
-                self._look_up_from_training(progress)
+                if self._look_up_from_training(progress) and stop is not None and stop():
+                    break
         return TrainingOutcome(
             steps=self._steps_done, validation=self._validation, tokens_per_second=progress.tokens_per_second
         )
 
-    def _look_up_from_training(self, progress: Progress) -> None:
-        """Validate and write a checkpoint where they are due."""
+    def _look_up_from_training(self, progress: Progress) -> bool:
+        """Validate and write a checkpoint where they are due; returns whether there is a checkpoint now."""
         config, done = self._config, self._steps_done
         at_end = done == config.num_steps
         evaluates, saves = at_end or done % config.evaluate_every == 0, at_end or done % config.checkpoint_every == 0
         if not (evaluates or saves):
-            return
+            return False
         if self._rank == 0:
             progress.flush()
         if evaluates:
@@ -136,6 +140,7 @@ class Trainer:
             if saves:
                 self._save()
             progress.resume_clock()
+        return saves
 
     def validate(self) -> dict[str, float]:
         """Bits per byte of validation documents by retrieval mode, over all workers; empty if there are none."""
@@ -200,16 +205,21 @@ class Trainer:
     def _continue_from_checkpoint(self) -> int:
         """Steps done by the newest whole checkpoint, which worker 0 chooses for all; 0 if there is none."""
         found = newest_checkpoint(self._job.run_directory) if self._rank == 0 else None
-        step = torch.tensor(found[1].step if found else 0, device=self._device)
+        step = torch.tensor(found[1].step if found else -1, device=self._device)
         if self._world_size > 1:
             dist.broadcast(step, src=0)
-        if not int(step):
+        if int(step) < 0:
+            if self._job.config.base is not None:
+                raise CheckpointError(
+                    f"{self._job.run_directory} has no whole checkpoint, not even of its base model "
+                    f"{self._job.config.base}: start it anew with --retrofit"
+                )
             return 0
         meta = load_checkpoint(self._job.run_directory, int(step), self._model, self._step.optimizer)
         require_match(meta, self._database.manifest)
         self._validation = meta.validation
         version = self._database.manifest.version
-        self._say(f"continuing from step {meta.step}")
+        self._say(f"continuing from step {meta.step}" if meta.step else f"fitting {self._job.config.base}")
         if meta.database_version != version:
             self._say(
                 f"warning: the run was trained with database version {meta.database_version}, this is {version}: "
@@ -233,10 +243,13 @@ class Trainer:
 
     def _description(self, precision: str) -> str:
         weights = self._model.count_parameters(include_embeddings=True)
+        trained = sum(weight.numel() for weight in self._step.optimizer.parameters)
+        share = "" if trained == weights else f"{trained / 1e6:.1f} M ({trained / weights:.1%}) of "
+        where = f"{self._world_size} x {self._device.type} in {precision}"
         windows = self._batches.num_windows_per_epoch
         epochs = self._config.num_steps * self._config.batch_size / windows
         return (
-            f"training {weights / 1e6:.1f} M weights on {self._world_size} x {self._device.type} in {precision}: "
+            f"training {share}{weights / 1e6:.1f} M weights on {where}: "
             f"{self._config.num_steps} steps of {self._config.batch_size} x {self._job.config.model.context_length} "
             f"tokens, {epochs:.2f} epochs of {self._database.manifest.num_live_chunks} chunks"
         )

@@ -25,6 +25,19 @@ def test_the_count_is_torchs(cca_layers, changes):
     assert training_flops_per_token(config) == pytest.approx(counted, rel=0.06)
 
 
+def test_a_frozen_decoder_takes_less():
+    config = get_recipe("tiny")(500, 16).model
+    model = RetroModel(config)
+    model.freeze_decoder()
+    tokens_BT = torch.randint(0, 500, (2, config.context_length))
+    neighbours = torch.randint(0, 500, (2, config.num_chunks, config.num_neighbours, config.neighbour_length))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens_BT, neighbours_BLKR=neighbours).sum().backward()
+    counted = counter.get_total_flops() / tokens_BT.numel()
+    assert training_flops_per_token(config, "retrieval") == pytest.approx(counted, rel=0.06)
+    assert counted < 0.9 * training_flops_per_token(config)
+
+
 def test_a_cpus_peak_is_measured():
     assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e14
 
