@@ -9,11 +9,15 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from retro_ray.command_line import parse, run
 from retro_ray.config import CorpusConfig, RecordConfig, default_home
-from retro_ray.errors import RetroRayError
+from retro_ray.errors import ConfigError, RetroRayError
+
+if TYPE_CHECKING:
+    from retro_ray.database.store import Database
+    from retro_ray.evaluation.subject import Subject
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,14 @@ class EvaluateJob:
     """Score this model beside it, without retrieval: folder of a checkpoint, of a run, or of a home."""
     near_duplicates: bool = False
     """List the documents of which the database has nearly the same one: all of its text is read."""
+    sweep: tuple[Literal["k", "share", "nprobe", "parts", "rerank"], ...] = ()
+    """Score along these, too: number of neighbours, random shares of the database, lists that an index visits, what of
+    the neighbours is shown, reranking."""
+    after: Path | None = None
+    """Home of a database after an update: score the checkpoint with its neighbours, and with those of the state before
+    it, in place of all else."""
+    before: Path | None = None
+    """Home of that state. Default: the database of --after as it was built, without its edits."""
     num_neighbours: int | None = None
     """Neighbours per chunk. Default: as many as in training."""
     max_chunks: int | None = None
@@ -48,32 +60,69 @@ class EvaluateJob:
 
 def main(job: EvaluateJob) -> None:
     """Evaluate, then print tables."""
-    from retro_ray.evaluation.evaluate import evaluate
-    from retro_ray.evaluation.near_duplicates import find_near_duplicates
-    from retro_ray.evaluation.results import as_json, write_result
+    from retro_ray.evaluation.results import as_json
     from retro_ray.evaluation.subject import open_subject
-    from retro_ray.evaluation.tables import leakage_table, near_duplicates_table, scores_table
     from retro_ray.ray_session import connect
 
+    if job.before is not None and job.after is None:
+        raise ConfigError("--before is given without --after: name the home of the state after the update, too")
     connect()
-    corpus = CorpusConfig(input=job.input, **dataclasses.asdict(job.records)) if job.input else None
+    before, after = _databases(job)
     with open_subject(
         job.home.expanduser().absolute(),
         job.run,
-        corpus=corpus,
+        corpus=CorpusConfig(input=job.input, **dataclasses.asdict(job.records)) if job.input else None,
         num_neighbours=job.num_neighbours,
         max_chunks=job.max_chunks,
+        database=before,
     ) as subject:
-        result: dict[str, Any] = evaluate(subject, baseline=job.baseline, num_workers=job.num_workers).to_dict()
-        write_result(subject.run, "scores", result)
-        print(scores_table(result))
-        print(leakage_table(result))
-        if job.near_duplicates:
-            result["near_duplicates"] = find_near_duplicates(subject)
-            write_result(subject.run, "near_duplicates", result["near_duplicates"])
-            print(near_duplicates_table(result["near_duplicates"]))
+        result = _scores(job, subject) if before is None or after is None else _update(job, subject, before, after)
     if job.json is not None:
         job.json.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
+
+
+def _databases(job: EvaluateJob) -> tuple[Database | None, Database | None]:
+    """The two states to compare; the first is the one whose validation split is scored."""
+    from retro_ray.database.store import Database
+    from retro_ray.evaluation.update import as_built
+
+    if job.after is None:
+        return None, None
+    after = Database.open(job.after.expanduser().absolute())
+    return (as_built(after) if job.before is None else Database.open(job.before.expanduser().absolute())), after
+
+
+def _scores(job: EvaluateJob, subject: Subject) -> dict[str, Any]:
+    from retro_ray.evaluation.evaluate import evaluate
+    from retro_ray.evaluation.near_duplicates import find_near_duplicates
+    from retro_ray.evaluation.results import write_result
+    from retro_ray.evaluation.sweeps import sweep
+    from retro_ray.evaluation.tables import leakage_table, near_duplicates_table, scores_table, sweep_table
+
+    result = evaluate(subject, baseline=job.baseline, num_workers=job.num_workers).to_dict()
+    write_result(subject.run, "scores", result)
+    print(scores_table(result))
+    print(leakage_table(result))
+    if job.near_duplicates:
+        result["near_duplicates"] = find_near_duplicates(subject)
+        write_result(subject.run, "near_duplicates", result["near_duplicates"])
+        print(near_duplicates_table(result["near_duplicates"]))
+    if job.sweep:
+        result["sweep"] = sweep(subject, job.sweep, num_workers=job.num_workers)
+        write_result(subject.run, "sweep", result["sweep"])
+        print(sweep_table(result["sweep"]))
+    return result
+
+
+def _update(job: EvaluateJob, subject: Subject, before: Database, after: Database) -> dict[str, Any]:
+    from retro_ray.evaluation.results import write_result
+    from retro_ray.evaluation.tables import update_table
+    from retro_ray.evaluation.update import compare
+
+    result = compare(subject, before, after, num_workers=job.num_workers)
+    write_result(subject.run, "update", result)
+    print(update_table(result))
+    return result
 
 
 def explain(error: BaseException) -> RetroRayError | None:

@@ -77,7 +77,7 @@ class Subject:
     @property
     def score_cache(self) -> Path:
         """Folder for scores of this run's checkpoints."""
-        return self.database.directory.parent / "cache" / "scores" / self.run.name
+        return self.run.parents[1] / "cache" / "scores" / self.run.name
 
     def on(
         self, num_neighbours: int | None = None, *, manifest: Manifest | None = None, parts: NeighbourParts = "NF"
@@ -153,6 +153,7 @@ def open_subject(
     corpus: CorpusConfig | None = None,
     num_neighbours: int | None = None,
     max_chunks: int | None = None,
+    database: Database | None = None,
 ) -> Iterator[Subject]:
     """The newest checkpoint of a run, and documents with their neighbours in the database as it is now.
 
@@ -162,6 +163,7 @@ def open_subject(
         corpus: documents to score, which need not be in any database. Default: the validation split.
         num_neighbours: per chunk. Default: as many as in training.
         max_chunks: score about so many chunks, of documents chosen at random. Default: all.
+        database: in place of that of `home`.
 
     Raises:
         DatabaseError: the database has no validation split.
@@ -170,7 +172,7 @@ def open_subject(
         ConfigError: fewer neighbours are stored with the validation split.
         MismatchError: checkpoint and database, or embedder and database, do not belong together.
     """
-    database = Database.open(home)
+    database = database or Database.open(home)
     checkpoint, meta = find_checkpoint(run_directory(home, run))
     require_match(meta, database.manifest)
     count = meta.config.model.num_neighbours if num_neighbours is None else num_neighbours

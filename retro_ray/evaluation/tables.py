@@ -64,6 +64,48 @@ def near_duplicates_table(result: dict[str, Any]) -> str:
 _MAX_PAIRS = 10
 
 
+def sweep_table(result: dict[str, Any]) -> str:
+    """Bits per byte along every axis that was swept."""
+    lines = [
+        "",
+        f"retrieval off: {result['bits_per_byte_off']:.4f} bits per byte {as_interval(result['interval_off'])}",
+    ]
+    axis = None
+    for point in result["points"]:
+        if point["axis"] != axis:
+            axis = point["axis"]
+            lines.append(f"{axis:>8}  bits per byte  95 % interval    over off   95 % interval")
+        low, high = point["gain_interval"]
+        gain = "" if math.isnan(low) else f"{-high:+.1%} to {-low:+.1%}"
+        lines.append(
+            f"{point['value']:>8}  {point['bits_per_byte']:13.4f}  {as_interval(point['interval']):15}  "
+            f"{-point['gain_over_off']:+7.1%}   {gain:17}  {point['note']}".rstrip()
+        )
+    return "\n".join([*lines, *result["notes"]])
+
+
+def update_table(result: dict[str, Any]) -> str:
+    """What one checkpoint gained from an update of its database, in all and by document."""
+    bits, sizes = result["bits_per_byte"], {name: result[name]["documents"] for name in ("before", "after")}
+    low, high = result["gain_interval"]
+    surely = "" if math.isnan(low) else f" (95 %: {low:.1%} to {high:.1%})"
+    lines = [
+        f"step {result['step']}, {result['documents']} documents, the database before ({sizes['before']:,} documents) "
+        f"and after ({sizes['after']:,})",
+        *(f"{name:>10}  {bits[name]:8.4f} bits per byte" for name in ("off", "before", "after")),
+        f"the update lowers them by {result['gain']:.1%}{surely}, without training",
+        "",
+        f"{'before':>8}  {'after':>8}  document  <- neighbours that brought it",
+    ]
+    for one in result["by_document"][:_MAX_PAIRS]:
+        who = ", ".join(neighbour["document"] for neighbour in one["neighbours"])
+        bits = one["bits_per_byte"]
+        lines.append(f"{bits['before']:8.4f}  {bits['after']:8.4f}  {one['document']}" + (f"  <- {who}" if who else ""))
+    if len(result["by_document"]) > _MAX_PAIRS:
+        lines.append(f"and {len(result['by_document']) - _MAX_PAIRS} more (--json lists them)")
+    return "\n".join(lines)
+
+
 def as_interval(interval: tuple[float, float]) -> str:
     """An interval, or nothing where there is none."""
     return "" if math.isnan(interval[0]) else f"{interval[0]:.4f}-{interval[1]:.4f}"

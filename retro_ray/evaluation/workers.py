@@ -47,7 +47,8 @@ def run_passes(
         for name, folder in folders.items()
         for number, group in enumerate(groups)
     }
-    todo = [task for task, file in files.items() if not file.exists()]
+    # By file: passes of several names may be the same.
+    todo = list({file: task for task, file in files.items() if not file.exists()}.values())
     if todo:
         num_gpus = num_cluster_gpus()
         count = min(len(todo), num_workers or num_gpus or num_free_cpus())

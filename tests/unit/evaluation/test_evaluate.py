@@ -12,7 +12,6 @@ import torch
 
 from retro_ray.database.store import Database
 from retro_ray.errors import CheckpointError, MismatchError
-from retro_ray.evaluation import evaluate as module
 from retro_ray.evaluation.evaluate import Evaluation, chunk_overlaps, evaluate
 from retro_ray.evaluation.passes import PassScorer
 from retro_ray.evaluation.results import as_json
@@ -28,6 +27,9 @@ HALF = "".join([*WORDS[:20], *WORDS[60:90]])
 NEW = "".join(WORDS[60:100])
 
 
+pytestmark = pytest.mark.usefixtures("in_this_process")
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
@@ -35,16 +37,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     database = write_database(home, [document("stored", STORED), document("other")], validation=held_out)
     save_run(home, database)
     return home
-
-
-@pytest.fixture(autouse=True)
-def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    def score(subject, passes, num_workers=None) -> dict[str, PassScores]:
-        scorer = PassScorer(subject.text, passes)
-        parts = {name: [scorer.score(name, [d]) for d in subject.documents[::-1]] for name in passes}
-        return {name: PassScores.concatenated(some) for name, some in parts.items()}
-
-    monkeypatch.setattr(module, "score_passes", score)
 
 
 def evaluated(home: Path, **settings) -> Evaluation:
