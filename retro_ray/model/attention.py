@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from retro_ray.model.causal_attention import causal_attention
 from retro_ray.model.layers import Rotary, residual_scale, rotate, rotate_rows, start_normal
+from retro_ray.model.rms_norm import RMSNorm
 
 if TYPE_CHECKING:
     from retro_ray.model.new_tokens import NewTokens
@@ -109,13 +110,13 @@ class SelfAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = head_dim
-        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.norm = RMSNorm(dim, eps=eps)
         self.query = nn.Linear(dim, num_heads * head_dim, bias=bias)
         self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
         self.out = nn.Linear(num_heads * head_dim, dim, bias=bias)
-        self.query_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
-        self.key_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.query_norm = RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
         self._head_counts = num_heads, num_kv_heads, num_kv_heads
         self.joint_projection: nn.Module | None = None
         """In place of query, key and value, once weights are packed."""
@@ -168,7 +169,7 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, context_dim: int, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
         self.head_dim = head_dim
-        self.norm = nn.RMSNorm(dim, eps=eps)
+        self.norm = RMSNorm(dim, eps=eps)
         self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
         self.key = nn.Linear(context_dim, num_heads * head_dim, bias=False)
         self.value = nn.Linear(context_dim, num_heads * head_dim, bias=False)

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_ray.config import ModelConfig
-from retro_ray.model.attention import CrossAttention, KeysValues, open_empty_rows
+from retro_ray.model.attention import CrossAttention, KeysValues, open_empty_rows, split_heads
 from retro_ray.model.encoder import EncodedNeighbours
-from retro_ray.model.layers import rotary_at, rotate_rows
+from retro_ray.model.layers import rotary_at, rotate, rotate_rows
 from retro_ray.model.new_tokens import NewTokens
 
 
@@ -35,10 +35,17 @@ class ChunkedCrossAttention(CrossAttention):
         With `cca_start` "copy" the key of a token says which token came before it: a query that
         looks for its own token then finds what followed it there.
         """
-        key_input_NSD = encoded.states_NSD
-        if encoded.previous_NSD is not None:
-            key_input_NSD = self.own_share * encoded.states_NSD + self.previous_share * encoded.previous_NSD
-        return self.keys_values(key_input_NSD, encoded.states_NSD, encoded.rotary)
+        states_NSD, previous_NSD = encoded.states_NSD, encoded.previous_NSD
+        if previous_NSD is None:
+            return self.keys_values(states_NSD, states_NSD, encoded.rotary)
+        if not (torch.is_grad_enabled() and isinstance(self.key, nn.Linear)):
+            key_input_NSD = self.own_share * states_NSD + self.previous_share * previous_NSD
+            return self.keys_values(key_input_NSD, states_NSD, encoded.rotary)
+        # The same with the shares multiplied to the weights, which are fewer than the states to be trained through.
+        key_NSX = F.linear(states_NSD, self.key.weight * self.own_share)
+        key_NSX = key_NSX + F.linear(previous_NSD, self.key.weight * self.previous_share)
+        k_NHSE = rotate(split_heads(key_NSX, self.head_dim), encoded.rotary)
+        return k_NHSE, split_heads(self.value(states_NSD), self.head_dim)
 
     def forward(self, h_BTD: Tensor, encoded: EncodedNeighbours, sees_BT: Tensor | None = None) -> Tensor:
         """CCA(H, E) for `encoded` neighbours of the first L chunks of every sequence, N = B * L.
@@ -47,7 +54,7 @@ class ChunkedCrossAttention(CrossAttention):
         """
         chunk_length = self.config.chunk_length
         batch_size, num_tokens, dim = h_BTD.shape
-        num_chunks = encoded.states_NSD.shape[0] // batch_size
+        num_chunks = encoded.num_chunks // batch_size
         # Identity for the first m - 1 tokens; the last attending chunk may be cut short by the end
         # of the sequence, or the sequence may go on behind the last chunk with neighbours.
         start = chunk_length - 1
@@ -59,7 +66,11 @@ class ChunkedCrossAttention(CrossAttention):
         positions = torch.arange(chunk_length, 2 * chunk_length, device=h_BTD.device)
         rotary = rotary_at(positions, self.head_dim, self.config.rope_base, h_BTD.dtype)
         mask = None if encoded.mask_NS is None else open_empty_rows(encoded.mask_NS)[:, None, None]
-        read_NMD = self.read(x_NMD, rotary, self.encoded_keys_values(encoded), mask)
+        numbers_N = encoded.numbers_N
+        x_CMD = x_NMD if numbers_N is None else x_NMD[numbers_N]
+        read_NMD = self.read(x_CMD, rotary, self.encoded_keys_values(encoded), mask)
+        if numbers_N is not None:  # the other chunks read nothing
+            read_NMD = read_NMD.new_zeros(x_NMD.shape).index_copy(0, numbers_N, read_NMD)
 
         read_BTD = read_NMD.reshape(batch_size, num_chunks * chunk_length, dim)[:, : end - start]
         read_BTD = F.pad(read_BTD, (0, 0, start, num_tokens - end))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from retro_ray.config import ModelConfig
 from retro_ray.model.attention import CrossAttention, SelfAttention, open_empty_rows
 from retro_ray.model.layers import FeedForward, Rotary, rotary_at
+from retro_ray.model.rms_norm import RMSNorm
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,18 @@ class EncodedNeighbours:
     """bool, True for rows that may be attended to; None: all of them."""
     rotary: Rotary
     """Rotations of the S rows at positions 1..R of each neighbour."""
+    numbers_N: Tensor | None = None
+    """int64, ascending: which chunks of the batch these N are, if the others have no neighbours; None: all."""
+    num_without: int = 0
+    """The others."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Of the batch."""
+        return len(self.states_NSD) + self.num_without
 
     def chunks(self, rows: Tensor) -> EncodedNeighbours:
-        """Those of the chunks numbered `rows`."""
+        """Those of the chunks numbered `rows`, of all chunks."""
         rows = rows.to(self.states_NSD.device)
         return EncodedNeighbours(
             states_NSD=self.states_NSD[rows],
@@ -72,8 +82,8 @@ class NeighbourEncoder(nn.Module):
         self.config = config
         layers = nn.ModuleList(EncoderLayer(config, number) for number in range(1, config.encoder_layers + 1))
         self.layers = cast("Sequence[EncoderLayer]", layers)  # a ModuleList forgets its modules' type
-        self.context_norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
-        self.norm = nn.RMSNorm(config.encoder_dim, eps=config.norm_eps)
+        self.context_norm = RMSNorm(config.hidden_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.encoder_dim, eps=config.norm_eps)
 
     def forward(
         self,

@@ -61,6 +61,19 @@ def split_chunks(x: Tensor, num_chunks: int, chunk_length: int) -> Tensor:
     return x[:, : num_chunks * chunk_length].unflatten(1, (num_chunks, chunk_length)).flatten(0, 1)
 
 
+def chunks_with_neighbours(mask_NKR: Tensor | None) -> Tensor | None:
+    """Numbers of the chunks that have a neighbour, at least one; None: take all.
+
+    To leave out the others saves what retrieval costs in sequences that are to see none. On a GPU all
+    are taken: to count them it would have to be waited for.
+    """
+    if mask_NKR is None or mask_NKR.device.type != "cpu":
+        return None
+    has_some = mask_NKR.flatten(1).any(1)
+    has_some[0] |= ~has_some.any()  # so that the weights get gradients, of zero
+    return None if has_some.all() else has_some.nonzero()[:, 0]
+
+
 def _segment_masks(segments_BT: Tensor, num_chunks: int, chunk_length: int) -> tuple[Tensor, Tensor]:
     """The neighbours of a chunk belong to the document of its last token.
 

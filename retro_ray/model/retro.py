@@ -6,6 +6,7 @@ R = 2M neighbour length, D width, V vocabulary. N = B * L, all the chunks of a b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -21,7 +22,8 @@ from retro_ray.model.chunked import ChunkedCrossAttention
 from retro_ray.model.decoder_layer import DecoderLayer
 from retro_ray.model.decoding import read_new_tokens, read_prompts
 from retro_ray.model.encoder import EncodedNeighbours, NeighbourEncoder
-from retro_ray.model.inputs import SequenceInputs, sequence_inputs, split_chunks
+from retro_ray.model.inputs import SequenceInputs, chunks_with_neighbours, sequence_inputs, split_chunks
+from retro_ray.model.rms_norm import RMSNorm, normalise
 
 
 def belongs_to_retrieval(weight_name: str) -> bool:
@@ -46,7 +48,7 @@ class RetroModel(nn.Module):
         self.token_embedding = self._new_embedding(config.hidden_dim)
         layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
         self.layers = cast("Sequence[DecoderLayer]", layers)  # a ModuleList forgets its modules' type
-        self.norm = nn.RMSNorm(config.hidden_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_dim, eps=config.norm_eps)
         self.untied_read_out = None if config.tie_embeddings else self._new_embedding(config.hidden_dim)
 
         # Retrieval last: from the same seed a decoder starts alike with and without it.
@@ -148,25 +150,31 @@ class RetroModel(nn.Module):
         recorder: PromptRecorder | None,
     ) -> tuple[Tensor, EncodedNeighbours | None]:
         remember = None if recorder is None else partial(recorder.keys_values, layer.number)
-        h_BTD = layer.self_attention(
-            h_BTD, inputs.rotary, mask=inputs.mask, causal=True, remember=remember
-        )
+        h_BTD = layer.self_attention(h_BTD, inputs.rotary, mask=inputs.mask, causal=True, remember=remember)
         if layer.number == self.first_cca_layer:
             if recorder is not None:
                 recorder.chunk_hidden(h_BTD)
-            encoded = self._encode(h_BTD, inputs)
+            encoded = self._encode(h_BTD, inputs, leave_out=recorder is None)
         if layer.cca is not None and encoded is not None:
             h_BTD = layer.cca(h_BTD, encoded, inputs.sees_BT)
         return layer.feed_forward(h_BTD), encoded
 
-    def _encode(self, h_BTD: Tensor, inputs: SequenceInputs) -> EncodedNeighbours | None:
-        """ENCODER(RET(C_u)_u, H) of all chunks as one batch; None without neighbours."""
+    def _encode(self, h_BTD: Tensor, inputs: SequenceInputs, leave_out: bool) -> EncodedNeighbours | None:
+        """ENCODER(RET(C_u)_u, H) of all chunks as one batch, which may `leave_out` those without any; None
+        without neighbours.
+        """
         if self.encoder is None or inputs.neighbours_BLKR is None:
             return None
         neighbours_NKR, mask_BLKR = inputs.neighbours_BLKR.flatten(0, 1), inputs.neighbour_mask_BLKR
         mask_NKR = None if mask_BLKR is None else mask_BLKR.flatten(0, 1)
         h_NMD = split_chunks(h_BTD, inputs.neighbours_BLKR.shape[1], self.config.chunk_length)
-        return self.encoder(self.embed_neighbours(neighbours_NKR), mask_NKR, h_NMD, inputs.context_mask_NM)
+        context_mask_NM, num_chunks = inputs.context_mask_NM, len(h_NMD)
+        numbers_N = chunks_with_neighbours(mask_NKR) if leave_out else None
+        if numbers_N is not None and mask_NKR is not None:
+            neighbours_NKR, mask_NKR, h_NMD = neighbours_NKR[numbers_N], mask_NKR[numbers_N], h_NMD[numbers_N]
+            context_mask_NM = None if context_mask_NM is None else context_mask_NM[numbers_N]
+        encoded = self.encoder(self.embed_neighbours(neighbours_NKR), mask_NKR, h_NMD, context_mask_NM)
+        return dataclasses.replace(encoded, numbers_N=numbers_N, num_without=num_chunks - len(h_NMD))
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """EMB."""
@@ -182,7 +190,7 @@ class RetroModel(nn.Module):
         weights, a token's identity is not swamped by what the layers write next to it.
         """
         h = embedding(tokens)
-        return F.rms_norm(h, h.shape[-1:], eps=1e-8) if normalize else h
+        return normalise(h, eps=1e-8) if normalize else h
 
     def _new_embedding(self, dim: int) -> nn.Embedding:
         """A [V, dim] table with starting weights."""

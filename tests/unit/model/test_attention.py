@@ -61,3 +61,16 @@ def test_positions_keep_their_precision_in_bfloat16() -> None:
     coarse = rotary_at(torch.tensor([256, 257]), 8, 10_000.0, torch.bfloat16)
     exact = rotary_at(torch.tensor([256, 257]), 8, 10_000.0, torch.float64)
     torch.testing.assert_close(coarse.cos.double(), exact.cos, atol=1e-4, rtol=0)
+
+
+def test_rotation_is_the_same_in_training() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+    rotary = rotary_at(torch.arange(5), 8, 10_000.0, x.dtype)
+    trained = rotate(x, rotary)
+    with torch.no_grad():
+        plain = rotate(x, rotary)
+    torch.testing.assert_close(trained, plain)
+    # A rotation's transpose turns back, and no vector changes its length.
+    [back] = torch.autograd.grad(trained, x, plain)
+    torch.testing.assert_close(back, x)

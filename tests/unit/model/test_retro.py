@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from retro_ray.errors import ConfigError
-from retro_ray.model import RetroModel
+from retro_ray.model import RetroModel, retro
 from tests.unit.model.models import VOCAB_SIZE, random_batch, random_model, small_config
 
 STARTS = pytest.mark.parametrize("start", ["paper", "copy"])
@@ -212,3 +212,23 @@ def test_gradient_checkpointing_keeps_fewer_activations() -> None:
             model(batch.tokens_BT, **batch.retrieval)
         kept.append(sum(saved))
     assert kept[1] < kept[0] / 4
+
+
+@STARTS
+@pytest.mark.parametrize("with_neighbours", [[], [2], [0, 1, 5, 7]])
+def test_chunks_without_neighbours_are_left_out_without_a_trace(
+    start: str, with_neighbours: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(cca_start=start)
+    model, batch = random_model(config), random_batch(config)
+    has_some = torch.zeros(batch.mask_BLKR.shape[:2].numel(), dtype=torch.bool)
+    has_some[with_neighbours] = True
+    mask_BLKR = batch.mask_BLKR & has_some.view(*batch.mask_BLKR.shape[:2], 1, 1)
+    results = []
+    for leave_out in (True, False):
+        if not leave_out:
+            monkeypatch.setattr(retro, "chunks_with_neighbours", lambda mask: None)
+        logits = model(batch.tokens_BT, neighbours_BLKR=batch.neighbours_BLKR, neighbour_mask_BLKR=mask_BLKR)
+        results.append((logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -1,0 +1,60 @@
+"""RMSNorm, and its backward pass on a CPU in a third of the passes over memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's RMSNorm with a weight; in training on a CPU, of fewer and larger steps.
+
+    There, under autocast, the result has autocast's type at once: all who read it would convert it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.eps is None or not _is_trained_on_cpu(x):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        return _RMSNorm.apply(x, self.weight, self.eps, dtype)
+
+
+def normalise(x: Tensor, eps: float) -> Tensor:
+    """`x` with a mean square of 1 in every row."""
+    if not _is_trained_on_cpu(x):
+        return F.rms_norm(x, x.shape[-1:], eps=eps)
+    return _RMSNorm.apply(x, None, eps, x.dtype)
+
+
+def _is_trained_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" and torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = x s w with s = (mean of x^2 + eps)^-1/2 of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
+        rows_ND = x.reshape(-1, x.shape[-1])
+        scale_N1 = torch.linalg.vector_norm(rows_ND, dim=-1, keepdim=True)
+        scale_N1 = scale_N1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(rows_ND, scale_N1, weight)
+        y_ND = rows_ND * scale_N1
+        return (y_ND if weight is None else y_ND.mul_(weight)).to(dtype).view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        rows_ND, scale_N1, weight = ctx.saved_tensors
+        slope_ND = gradients[0].reshape(rows_ND.shape).to(rows_ND.dtype)
+        with torch.autocast("cpu", enabled=False):
+            product_ND = slope_ND * rows_ND
+            of_weight = (scale_N1.T @ product_ND)[0] if ctx.needs_input_grad[1] else None
+            sum_N1 = product_ND.sum(-1, keepdim=True) if weight is None else (product_ND @ weight)[:, None]
+            # x changes its own value, and s through the mean of the squares.
+            share_N1 = sum_N1.mul_(scale_N1.pow(3)).div_(rows_ND.shape[1])
+            of_x = slope_ND * scale_N1 if weight is None else (slope_ND * weight).mul_(scale_N1)
+            of_x.addcmul_(rows_ND, share_N1, value=-1)
+        return of_x.view(gradients[0].shape), of_weight, None, None
