@@ -59,6 +59,8 @@ bench: $(VENV)/.bench .venv-peers/.installed
 	$(BIN)/python -m benchmarks.generation --json results/generation.json
 	$(BIN)/python -m benchmarks.harness --json results/harness.json
 	$(BIN)/python -m benchmarks.load --json results/load.json
+	$(BIN)/python -m benchmarks.training --json results/training.json
+	$(BIN)/python -m benchmarks.learning --json results/learning.json
 
 clean:
 	rm -rf $(VENV) .venv-peers results

@@ -70,12 +70,14 @@ def measure(benchmark: RetrievalBenchmark) -> dict[str, Any]:
         connect()
         with whole.divided(benchmark.num_shards) as divided:
             local = LocalRetriever.open(whole.database)
+            local_shards = LocalRetriever.open(divided.database)
             sharded = ShardedRetriever(divided.database)
             sharded.wait_until_ready()
             contenders: dict[str, Search] = {
                 "exact": _exact(keys),
                 "ivfpq": _peer(keys),
                 "ours": lambda some: local.search_ids(some, _K)[1],
+                "ours in shards": lambda some: local_shards.search_ids(some, _K)[1],
                 "sharded": lambda some: sharded.search_ids(some, _K)[1],
             }
             qps, found = _in_turns(contenders, queries)
@@ -109,6 +111,8 @@ def measure(benchmark: RetrievalBenchmark) -> dict[str, Any]:
         "qps_batch_sharded": qps["sharded"],
         "speedup_over_ivfpq": qps["ours"] / qps["ivfpq"],
         "sharded_efficiency": qps["sharded"] / qps["ours"],
+        "qps_batch_same_shards_in_process": qps["ours in shards"],
+        "actors_efficiency": qps["sharded"] / qps["ours in shards"],
         "p50_ms_single": p50["ours"],
         "p50_ms_single_sharded": p50["sharded"],
         "p99_ms_single_sharded": float(np.quantile(single_ms["sharded"], 0.99)),

@@ -1,0 +1,106 @@
+"""One training run of benchmarks/learning.py, in a process of one thread: continued where it was, and stopped behind a
+checkpoint when its time is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retro_ray.allocator import FAST_ALLOCATOR_ENV
+from retro_ray.command_line import parse, run
+from retro_ray.database.format import write_json_atomically
+from retro_ray.database.store import Database
+from retro_ray.training.retrofit import fitting_config, load_base, write_start
+from retro_ray.training.run_folder import locked, new_config, resumed_config, run_directory, write_config
+from retro_ray.training.trainer import Trainer, TrainingJob
+
+OUTCOME_NAME = "outcome.json"
+"""In the folder of a run that is done."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRun:
+    """Train one run, or continue it."""
+
+    home: Path
+    """Of the database and the run."""
+    run: str
+    """Name of the run."""
+    recipe: str = "tiny"
+    model: dict[str, Any] = field(default_factory=dict)
+    """Settings of `ModelConfig` that replace the recipe's."""
+    training: dict[str, Any] = field(default_factory=dict)
+    """Settings of `TrainingConfig` that replace the recipe's."""
+    base: str | None = None
+    """Another run, whose decoder is frozen and fitted."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
+        return run_directory(self.home, self.run)
+
+    @property
+    def outcome(self) -> dict[str, Any] | None:
+        """Steps, bits per byte of the last validation, tokens per second; None while it is not done."""
+        path = self.folder / OUTCOME_NAME
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it was trained to its end."""
+        return self.outcome is not None
+
+    def start(self, until: float) -> subprocess.Popen[bytes]:
+        """Continue it in a process of its own until a time (of time.time()), or to its end."""
+        settings = {"home": str(self.home), "run": self.run, "recipe": self.recipe, "base": self.base}
+        settings |= {"model": self.model, "training": self.training, "until": until}
+        command = [sys.executable, "-m", "benchmarks.learning_training", "--settings", json.dumps(settings)]
+        return subprocess.Popen(command, env={**os.environ, **FAST_ALLOCATOR_ENV, "OMP_NUM_THREADS": "1"})
+
+    def train(self, until: float) -> None:
+        """The same, here."""
+        import torch
+
+        torch.set_num_threads(1)
+        folder, manifest = self.folder, Database.open(self.home).manifest
+        with locked(folder):
+            if (folder / "config.json").exists():
+                config = resumed_config(folder, None, {}, {})
+            elif self.base is not None:
+                name = str(run_directory(self.home, self.base))
+                base = load_base(name, manifest)
+                config = fitting_config(name, base, manifest, self.model, self.training)
+                write_start(folder, config, base.weights, manifest)
+            else:
+                config = new_config(self.recipe, manifest, self.model, self.training)
+            write_config(folder, config, manifest.version)
+            job = TrainingJob(home=self.home, run_directory=folder, config=config)
+            trainer = Trainer(job, torch.device("cpu"), say=lambda line: print(f"{self.run}: {line}", flush=True))
+            outcome = trainer.run(stop=lambda: time.time() > until)
+            if outcome.steps == config.training.num_steps:
+                result = {"steps": outcome.steps, **outcome.validation, "tokens_per_s": outcome.tokens_per_second}
+                write_json_atomically(folder / OUTCOME_NAME, result)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Flags:
+    settings: str
+
+
+def _main(flags: _Flags) -> None:
+    settings = json.loads(flags.settings)
+    until = settings.pop("until")
+    model = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.pop("model").items()}
+    TrainingRun(**{**settings, "home": Path(settings["home"]), "model": model}).train(until)
+
+
+if __name__ == "__main__":
+    parsed = parse(_Flags, "python -m benchmarks.learning_training")
+    run(lambda: _main(parsed))

@@ -1,0 +1,118 @@
+"""How fast does a model train, beside retro-pytorch, and what does retrieval cost?
+
+Two sizes, the recipe `small` with 1,024 tokens and the paper's smallest with 2,048, the same for both sides: widths,
+depths, layers with cross-attention, encoder, heads, vocabulary, batch. Both have a process of their own, compute on all
+cores and take their steps in turns, since machines change their speed. retro-pytorch trains in fp32 as it comes; under
+bf16 autocast, which it leaves to its user, it is measured too. Tokens are random: no step depends on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from benchmarks.training_contenders import PAPER, SMALL, Contender, Shape, ours, retro_pytorch
+from retro_ray.command_line import parse, run
+from retro_ray.training.flops import peak_flops, training_flops_per_token
+
+_SHAPES = {shape.name: shape for shape in (SMALL, PAPER)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingBenchmark:
+    """Tokens per second and memory of a training step, ours and retro-pytorch's."""
+
+    shapes: tuple[Literal["small", "paper"], ...] = ("small", "paper")
+    """512 wide with 8 layers, and 896 wide with 12."""
+    num_rounds: int = 2
+    """In each, everyone takes a step, and ours two; medians are reported."""
+    peers_python: Path = Path(".venv-peers/bin/python")
+    """Interpreter of the environment that has retro-pytorch."""
+    json: Path | None = None
+    """Write the metrics to this file."""
+
+
+def measure(shape: Shape, benchmark: TrainingBenchmark) -> dict[str, Any]:
+    """The metrics of one shape."""
+    seconds: dict[str, list[float]] = defaultdict(list)
+    peak_bytes: dict[str, int] = {}
+    with ours(shape) as us, retro_pytorch(shape, benchmark.peers_python) as peer:
+        contenders: dict[str, tuple[Contender, str]] = {
+            "ours": (us, "retro"),
+            "decoder": (us, "decoder"),
+            "retro_pytorch_bf16": (peer, "bf16"),
+            "retro_pytorch_fp32": (peer, "fp32"),
+        }
+        # The first step of a process meets memory that it never had; what the decoder takes is not to be in ours.
+        for name, (contender, kind) in contenders.items():
+            if name != "retro_pytorch_fp32":
+                peak_bytes[name] = contender.step(kind).peak_bytes
+        for _ in range(benchmark.num_rounds):
+            for name, (contender, kind) in [*contenders.items(), ("ours", (us, "retro"))]:
+                step = contender.step(kind)
+                seconds[name].append(step.seconds)
+                if name.startswith("retro_pytorch"):
+                    peak_bytes[name] = max(peak_bytes.get(name, 0), step.peak_bytes)
+        table = us.step("profile").table or {}
+        weights = {"ours": us.num_weights, "retro_pytorch": peer.num_weights}
+    rates = {name: shape.num_tokens / statistics.median(values) for name, values in seconds.items()}
+    return {
+        **{f"tokens_per_s_{name}": rate for name, rate in rates.items()},
+        "ratio_default": rates["ours"] / rates["retro_pytorch_fp32"],
+        "ratio_bf16": rates["ours"] / rates["retro_pytorch_bf16"],
+        **_arithmetic(shape, rates),
+        **{f"peak_gib_{name}": peak_bytes[name] / 2**30 for name in peak_bytes if name != "decoder"},
+        **{f"millions_of_weights_{name}": number / 1e6 for name, number in weights.items()},
+        "step_seconds": dict(seconds),
+        "share_of_time": {kind: value / sum(table.values()) for kind, value in table.items()},
+    }
+
+
+def _arithmetic(shape: Shape, rates: dict[str, float]) -> dict[str, float]:
+    """What the machine's rate of matrix products says of ours."""
+    peak = peak_flops(torch.device("cpu"), torch.bfloat16)
+    assert peak is not None
+    per_token = training_flops_per_token(shape.model)
+    without = training_flops_per_token(shape.decoder)
+    return {
+        "measured_bf16_gflop_per_s": peak / 1e9,
+        "gemm_fraction": rates["ours"] * per_token / peak,
+        "gemm_fraction_decoder": rates["decoder"] * without / peak,
+        "retrieval_cost": rates["decoder"] / rates["ours"],
+        "retrieval_cost_by_arithmetic": per_token / without,
+    }
+
+
+def report(name: str, metrics: dict[str, Any]) -> str:
+    """A table for people."""
+    lines = [f"== {name}"]
+    lines += [f"{key:>38}  {value:,.4g}" for key, value in metrics.items() if not isinstance(value, dict)]
+    lines += [f"{kind:>38}  {share:.1%} of ours" for kind, share in metrics["share_of_time"].items()]
+    return "\n".join(lines)
+
+
+def main(benchmark: TrainingBenchmark) -> None:
+    """Measure and report."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    results: dict[str, Any] = {}
+    for name in benchmark.shapes:
+        results[name] = measure(_SHAPES[name], benchmark)
+        print(report(name, results[name]), flush=True)
+    # The least of the sizes stands for all.
+    for metric in ("ratio_default", "ratio_bf16", "gemm_fraction"):
+        results[metric] = min(results[name][metric] for name in benchmark.shapes)
+        print(f"{metric:>38}  {results[metric]:.3g}")
+    if benchmark.json is not None:
+        benchmark.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    parsed = parse(TrainingBenchmark, "python -m benchmarks.training")
+    run(lambda: main(parsed))
