@@ -36,6 +36,11 @@ from retro_ray.index.tune import (
 
 logger = logging.getLogger(__name__)
 
+_KEYS_PER_QUERY = 8
+"""Where no documents are held out, so many keys remain for each one that serves as a query."""
+_MIN_HELD_OUT = 250
+"""Fewer held-out chunks measure too little."""
+
 
 @dataclass(frozen=True)
 class IndexAims:
@@ -84,7 +89,8 @@ def train_codec(
     sample = sample_keys(paths, MAX_TRIAL_KEYS, aims.seed)
     order = np.random.default_rng(aims.seed).permutation(len(sample))
     if held_out is None:
-        held_out, order = sample[order[:NUM_QUERIES]], order[NUM_QUERIES:]
+        num_queries = min(NUM_QUERIES, len(sample) // _KEYS_PER_QUERY)
+        held_out, order = sample[order[:num_queries]], order[num_queries:]
     factory, curve = choose_family(
         sample[order],
         held_out,
@@ -151,7 +157,7 @@ def _trial(
 
 def _held_out_keys(directory: Path, validation: Partition | None, seed: int) -> np.ndarray | None:
     """Keys of the validation split, float32 [Q, D]; None where it is too small to measure by."""
-    if validation is None or validation.num_chunks < NUM_QUERIES // 4:
+    if validation is None or validation.num_chunks < _MIN_HELD_OUT:
         return None
     return sample_keys([directory / validation.keys], NUM_QUERIES, seed)
 

@@ -18,6 +18,8 @@ from retro_ray.index.merge import Candidates
 
 _SELECT_FROM = 1024
 """From so many candidates on, FAISS itself passes over what is excluded: query by query, but without listing it."""
+_QUERIES_PER_SCAN = 1024
+"""More bring FAISS nothing, and its tables for them take memory that the system hands out page by page."""
 
 
 class IndexShard:
@@ -144,19 +146,21 @@ class IndexShard:
         transformed, lists, list_distances = (
             np.ascontiguousarray(array) for array in (queries.transformed, queries.lists, queries.list_distances)
         )
-        pointer = faiss.swig_ptr
-        # The C++ method: FAISS's Python wrapper takes no search parameters here.
-        self._lists.search_preassigned_c(
-            len(queries),
-            pointer(transformed),
-            num_candidates,
-            pointer(lists),
-            pointer(list_distances),
-            pointer(coarse),
-            pointer(rows),
-            False,
-            _parameters(lists.shape[1], selector),
-        )
+        pointer, parameters = faiss.swig_ptr, _parameters(lists.shape[1], selector)
+        for start in range(0, len(queries), _QUERIES_PER_SCAN):
+            block = slice(start, start + _QUERIES_PER_SCAN)
+            # The C++ method: FAISS's Python wrapper takes no search parameters here.
+            self._lists.search_preassigned_c(
+                len(transformed[block]),
+                pointer(transformed[block]),
+                num_candidates,
+                pointer(lists[block]),
+                pointer(list_distances[block]),
+                pointer(coarse[block]),
+                pointer(rows[block]),
+                False,
+                parameters,
+            )
         return coarse, rows
 
 

@@ -26,7 +26,8 @@ from retro_ray.index.shard import IndexShard
 
 NUM_NEIGHBOURS = 10
 """Recall is measured at this many neighbours."""
-NUM_QUERIES = 1_000
+NUM_QUERIES = 4_000
+"""So many that the uncertainty of the recall costs little speed."""
 MAX_TRIAL_KEYS = 131_072
 """Families are compared on so many random keys of the database; the chosen one is then measured on all."""
 _MAX_CANDIDATES = 320
@@ -43,15 +44,15 @@ _CONFIDENCE = 1.64
 def families(num_chunks: int, dim: int) -> list[str]:
     """FAISS factory strings of compressed indexes worth a trial, for keys of `dim` dimensions.
 
-    Product quantization in 4 bits is scanned fastest; a rotation onto the first principal components
-    before it makes the look-up tables smaller at the same quality. RaBitQ needs half the memory. 8-bit
+    Product quantization in 4 bits is scanned fastest; taking the first principal components before it
+    makes the look-up tables smaller at the same quality. RaBitQ needs half the memory. 8-bit
     scalars need the most, and hardly any candidates.
     """
     lists = f"IVF{num_lists_for(num_chunks)}"
     found = []
     for components in sorted({dim, 2 * dim // 3, dim // 2, dim // 3}, reverse=True):
         if components and components % 4 == 0:
-            rotation = "" if components == dim else f"PCAR{components},"
+            rotation = "" if components == dim else f"PCA{components},"
             found.append(f"{rotation}{lists},PQ{components // 2}x4fs")
     if dim % 4 == 0:
         found.append(f"{lists},PQ{dim // 4}x4fs")

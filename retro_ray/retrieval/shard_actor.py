@@ -20,6 +20,7 @@ from retro_ray.retrieval.answering import ServedShard
 from retro_ray.retrieval.coalescing import Coalescer
 from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
 from retro_ray.retrieval.placement import choose_node
+from retro_ray.retrieval.wire import answer_to_bytes, request_from_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +49,12 @@ class ShardActor:
             prepare=lambda: faiss.omp_set_num_threads(num_threads),
         )
 
-    def search(self, request: CandidateRequest) -> CandidateAnswer:
-        answer = self._batches.submit(request).result()
-        return dataclasses.replace(answer, num_queued=self._batches.num_waiting)
+    def search(self, request: CandidateRequest | bytes) -> CandidateAnswer | bytes:
+        """The candidates for a request; in bytes for one in bytes (see retrieval/wire.py)."""
+        is_small = isinstance(request, bytes)
+        answer = self._batches.submit(request_from_bytes(request) if is_small else request).result()
+        answer = dataclasses.replace(answer, num_queued=self._batches.num_waiting)
+        return answer_to_bytes(answer) if is_small else answer
 
     def ready(self) -> CandidateAnswer:
         """Answers once the shard is loaded."""

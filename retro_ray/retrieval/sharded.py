@@ -24,12 +24,11 @@ from retro_ray.retrieval.failover import FailoverClient, Failure, FailureKind
 from retro_ray.retrieval.following import FollowedManifest
 from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
 from retro_ray.retrieval.shard_actor import ReplicaName, start_replica
+from retro_ray.retrieval.wire import MAX_BYTES, answer_from_bytes, request_to_bytes
 
 logger = logging.getLogger(__name__)
 
 _REVIVALS_AT_A_TIME = 16
-_INLINE_BYTES = 100_000
-"""A larger request is put into the object store once, not sent to every shard."""
 
 
 class ShardedRetriever(DatabaseRetriever):
@@ -88,8 +87,7 @@ class RayShards:
         self, request: CandidateRequest | None, num_shards: int
     ) -> tuple[Sequence[CandidateAnswer], tuple[int, ...]]:
         """As Shards.ask; without a request, whether the shards are loaded."""
-        is_large = request is not None and request.num_bytes > _INLINE_BYTES
-        question = self._client.begin(ray.put(request) if is_large else request, num_shards)
+        question = self._client.begin(None if request is None else _as_sent(request), num_shards)
         answers = self._client.finish(question)
         return list(answers.by_shard.values()), answers.missing_shards
 
@@ -131,7 +129,7 @@ class RayTransport:
             return []
         if all_of_them:
             try:
-                return ray.get(list(calls), timeout=timeout_s)
+                return [_as_answer(answer) for answer in ray.get(list(calls), timeout=timeout_s)]
             except RayError:
                 pass  # late or failed: which ones shows below
         else:
@@ -172,9 +170,18 @@ class RayTransport:
             return handle
 
 
+def _as_sent(request: CandidateRequest) -> bytes | ray.ObjectRef:
+    """A small request goes to every shard; a large one is put into the object store once."""
+    return request_to_bytes(request) if request.num_bytes <= MAX_BYTES else ray.put(request)
+
+
+def _as_answer(answer: CandidateAnswer | bytes) -> CandidateAnswer:
+    return answer_from_bytes(answer) if isinstance(answer, bytes) else answer
+
+
 def _outcome(call: ray.ObjectRef) -> CandidateAnswer | Failure:
     try:
-        return ray.get(call)
+        return _as_answer(ray.get(call))
     except RayTaskError as error:
         if isinstance(error.cause, DatabaseError):
             return Failure(FailureKind.DAMAGED, f"it cannot be loaded: {error.cause}", error)

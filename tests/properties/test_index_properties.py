@@ -17,7 +17,7 @@ SPECS = [
     IndexSpec(factory="Flat"),
     IndexSpec(factory="IVF8,PQ4x4fs", nprobe=2, refine_factor=1.5),
     IndexSpec(factory="IVF8,PQ2x4fs", nprobe=3, refine_factor=2),
-    IndexSpec(factory="PCAR4,IVF8,PQ2x4fs", nprobe=2, refine_factor=1),
+    IndexSpec(factory="PCA4,IVF8,PQ2x4fs", nprobe=2, refine_factor=1),
     IndexSpec(factory="IVF8,PQ4x4fsr", nprobe=3, refine_factor=1.5),
     IndexSpec(factory="IVF8,SQ8", nprobe=2, refine_factor=1),
     IndexSpec(factory="IVF8,RaBitQfs", nprobe=3, refine_factor=2),

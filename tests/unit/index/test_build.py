@@ -10,7 +10,7 @@ from retro_ray.database.format import IndexSpec
 from retro_ray.index.build import fill_index, read_index, train_index, write_index
 
 KEYS = np.random.default_rng(0).standard_normal((700, 8), np.float32)
-SPEC = IndexSpec(factory="PCAR6,IVF16,PQ3x4fs", nprobe=4, refine_factor=4)
+SPEC = IndexSpec(factory="PCA6,IVF16,PQ3x4fs", nprobe=4, refine_factor=4)
 
 
 def make_index() -> faiss.Index:
@@ -29,7 +29,7 @@ def test_an_index_survives_the_disk(tmp_path: Path, mmap: bool) -> None:
     assert (tmp_path / "index.faiss").read_bytes() == (tmp_path / "by FAISS").read_bytes()
 
 
-@pytest.mark.parametrize("factory", ["PCAR6,IVF16,PQ3x4fs", "IVF16,PQ4x4fs", "IVF16,SQ8", "IVF16,RaBitQfs"])
+@pytest.mark.parametrize("factory", ["PCA6,IVF16,PQ3x4fs", "IVF16,PQ4x4fs", "IVF16,SQ8", "IVF16,RaBitQfs"])
 def test_codes_do_not_depend_on_blocks(factory: str) -> None:
     """Nor on which other keys a segment has: sharded search rests on it."""
     codec = train_index(IndexSpec(factory=factory), 8, KEYS)

@@ -188,9 +188,7 @@ def test_a_small_compressed_shard_is_exhausted(codec, clustered, num_rows: int) 
     assert all((row[len(real) :] == -1).all() for row, real in zip(rows, found, strict=True))
 
 
-@pytest.mark.parametrize(
-    "factory", ["PCAR12,IVF32,PQ6x4fs", "IVF32,PQ4", "IVF32,SQ8", "IVF32,RaBitQ", "IVF32,RaBitQfs"]
-)
+@pytest.mark.parametrize("factory", ["PCA12,IVF32,PQ6x4fs", "IVF32,PQ4", "IVF32,SQ8", "IVF32,RaBitQ", "IVF32,RaBitQfs"])
 def test_every_family_prepares_queries_as_faiss_does(clustered, factory: str) -> None:
     """Up to rounding, what is visited and what the codes say is what FAISS's own search has."""
     keys, queries = clustered
