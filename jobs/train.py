@@ -27,6 +27,7 @@ _TRAINING_FIELDS = (
     "precision",
     "retrieval_dropout",
     "gradient_checkpointing",
+    "final_retrieval_dropout",
     "checkpoint_every",
     "keep_checkpoints",
     "evaluate_every",
@@ -82,6 +83,8 @@ class TrainFlags:
     gradient_checkpointing: bool | None = None
     """Less memory, about a third more time."""
     checkpoint_every: int | None = None
+    final_retrieval_dropout: float | None = None
+    """The share at the last step, up to which it changes evenly."""
     """Steps between checkpoints."""
     keep_checkpoints: int | None = None
     """Newest checkpoints kept."""

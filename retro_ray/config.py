@@ -266,6 +266,11 @@ class TrainingConfig:
     neighbours stays what it was."""
     retrieval_dropout: float = 0.0
     """Share of training sequences that see no neighbours, so that RETRO[OFF] stays good."""
+    final_retrieval_dropout: float | None = None
+    """The share at the last step, up to which it changes evenly. Default: it stays."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Each worker has the whole model (DDP), or with gradients and the optimiser's state a part of it
+    (FSDP), for models that one worker cannot hold. A run may change it when it is resumed."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto` is bf16 where the hardware multiplies it, else fp32."""
     gradient_checkpointing: bool = False
@@ -287,6 +292,15 @@ class TrainingConfig:
             _require(value >= 1, name, value, "at least 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         _require(0 <= self.retrieval_dropout <= 1, "retrieval_dropout", self.retrieval_dropout, "from 0 to 1")
+        final = self.final_retrieval_dropout
+        _require(final is None or 0 <= final <= 1, "final_retrieval_dropout", final, "from 0 to 1")
+
+    def retrieval_dropout_at(self, step: int) -> float:
+        """The share of sequences without neighbours at a step, counted from 0."""
+        if self.final_retrieval_dropout is None:
+            return self.retrieval_dropout
+        progress = step / max(1, self.num_steps - 1)
+        return self.retrieval_dropout + progress * (self.final_retrieval_dropout - self.retrieval_dropout)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -77,11 +77,11 @@ class TrainingBatches:
         num_chunks: int,
         batch_size: int,
         seed: int,
-        retrieval_dropout: float = 0.0,
+        retrieval_dropout: float | Callable[[int], float] = 0.0,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """`num_chunks` is L, `batch_size` counts windows over all workers.
+        """`num_chunks` is L, `batch_size` counts windows over all workers; retrieval dropout may depend on the step.
 
         Raises:
             DatabaseError: there is nothing to train on.
@@ -110,7 +110,9 @@ class TrainingBatches:
         """This worker's share of step `step`, counted from 0."""
         chunks_BL = self.global_chunks(step)
         mine = chunks_BL[self._mine]
-        sees = _generator(self._seed, "dropout", step).random(self._batch_size) >= self._retrieval_dropout
+        dropout = self._retrieval_dropout
+        share = dropout(step) if callable(dropout) else dropout
+        sees = _generator(self._seed, "dropout", step).random(self._batch_size) >= share
         batch = self._reader.read(mine, use_neighbours_B=sees[self._mine])
         return StepBatch(step=step, batch=batch, num_targets=self._reader.num_targets(chunks_BL))
 

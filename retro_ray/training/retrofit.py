@@ -111,7 +111,9 @@ def fitting_config(
         recipe=RECIPE,
         model=shape,
         # A frozen decoder stays good without neighbours, whatever the others learn.
-        training=dataclasses.replace(base.training, trained="retrieval", retrieval_dropout=0.0),
+        training=dataclasses.replace(
+            base.training, trained="retrieval", retrieval_dropout=0.0, final_retrieval_dropout=None
+        ),
         base=str(path.absolute()) if path.exists() else name_or_path,
     )
     return replaced(config, training)

@@ -104,8 +104,12 @@ def resumed_config(
 
 
 def replaced(config: RunConfig, training: dict[str, Any]) -> RunConfig:
-    """`config` with some training settings replaced; fewer steps shorten the warm-up to a tenth of them."""
+    """`config` with some training settings replaced; fewer steps shorten the warm-up to a tenth of them, and a
+    retrieval dropout that is given alone stays the same to the last step.
+    """
     changed = dict(training)
+    if "retrieval_dropout" in training:
+        changed.setdefault("final_retrieval_dropout", None)
     if "num_steps" in training:
         changed["num_warmup_steps"] = min(config.training.num_warmup_steps, training["num_steps"] // 10)
     return dataclasses.replace(config, training=dataclasses.replace(config.training, **changed))

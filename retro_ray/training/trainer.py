@@ -197,7 +197,7 @@ class Trainer:
             num_chunks=model.num_chunks,
             batch_size=config.batch_size,
             seed=config.seed,
-            retrieval_dropout=config.retrieval_dropout,
+            retrieval_dropout=config.retrieval_dropout_at,
             rank=self._rank,
             world_size=self._world_size,
         )

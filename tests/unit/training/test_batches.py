@@ -194,6 +194,13 @@ def test_retrieval_dropout_hides_all_neighbours_of_a_share_of_the_windows(databa
     assert 0.4 < half.sum() / always.sum() < 0.6
 
 
+def test_retrieval_dropout_may_change_with_the_step(database):
+    batches = make(database, retrieval_dropout=lambda step: step / 100)
+    sees = [batches.at(step).batch.neighbour_mask_BLKR.flatten(1).any(1).sum() for step in range(101)]
+    assert sum(sees[:30]) > 2 * sum(sees[70:])
+    assert sees[100] == 0
+
+
 def test_more_neighbours_than_stored_and_more_workers_than_windows_are_refused(database):
     with pytest.raises(ConfigError, match="--num-neighbours is 9, the database stores 4"):
         stored_neighbours(ChunkTable(database.segments), database, 9)

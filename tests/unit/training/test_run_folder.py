@@ -71,6 +71,16 @@ def test_warmup_is_a_tenth_of_the_steps_at_most(manifest):
     assert replaced(recipe, {}).training == recipe.training
 
 
+def test_retrieval_dropout_changes_evenly_and_one_that_is_given_stays(manifest):
+    training = {"num_steps": 5, "retrieval_dropout": 0.2, "final_retrieval_dropout": 0.6}
+    changing = new_config("tiny", manifest, {}, training).training
+    assert [changing.retrieval_dropout_at(step) for step in range(5)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
+    given = replaced(new_config("tiny", manifest, {}, {}), {"retrieval_dropout": 0.1}).training
+    assert {given.retrieval_dropout_at(step) for step in (0, given.num_steps - 1)} == {0.1}
+    with pytest.raises(ConfigError, match="final_retrieval_dropout is 1.5"):
+        new_config("tiny", manifest, {}, {"final_retrieval_dropout": 1.5})
+
+
 def test_more_neighbours_than_stored_are_refused_before_anything_starts(manifest):
     with pytest.raises(ConfigError, match="--num-neighbours is 5, the database stores 4"):
         new_config("tiny", manifest, {"num_neighbours": 5}, {})
