@@ -129,8 +129,8 @@ class Learning:
         """Do what is missing, as far as the time allows; returns the metrics of all that is done."""
         settings, metrics = self._settings, {}
         if settings.data is not None:
-            plan = Plan(self._cache / settings.corpus, settings.steps)
-            self._do("index", lambda: self._index(plan.home, str(settings.data / settings.corpus)))
+            plan, source = Plan(self._cache / settings.corpus, settings.steps), settings.data / settings.corpus
+            self._do("index", lambda: self._index(plan.home, str(source)))
             self._do("cost", lambda: self._work([Task(one) for one in plan.timed()]))
             self._do("train", lambda: self._train(plan, ("baseline", "default", "paper")))
             self._do("update", lambda: self._update(plan))

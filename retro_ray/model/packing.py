@@ -48,7 +48,7 @@ def pack_weights(model: RetroModel) -> bool:
     for module in model.modules():
         if isinstance(module, SelfAttention):
             projections = module.query, module.key, module.value
-            biases = [linear.bias for linear in projections if linear.bias is not None]
+            biases: list[Tensor] = [linear.bias for linear in projections if linear.bias is not None]
             weights = torch.cat([linear.weight for linear in projections])
             module.joint_projection = PackedLinear(weights, torch.cat(biases) if biases else None)
             del module.query, module.key, module.value
