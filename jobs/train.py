@@ -24,10 +24,11 @@ _TRAINING_FIELDS = (
     "micro_batch_size",
     "learning_rate",
     "optimizer",
+    "parallel",
     "precision",
     "retrieval_dropout",
-    "gradient_checkpointing",
     "final_retrieval_dropout",
+    "gradient_checkpointing",
     "checkpoint_every",
     "keep_checkpoints",
     "evaluate_every",
@@ -70,6 +71,8 @@ class TrainFlags:
     """Highest learning rate."""
     optimizer: Literal["adamw", "muon"] | None = None
     """muon: Muon for the matrices inside the blocks, AdamW for all else."""
+    parallel: Literal["ddp", "fsdp"] | None = None
+    """Each worker has the whole model (ddp), or a part of it (fsdp)."""
     precision: Literal["auto", "bf16", "fp32"] | None = None
     """auto: bf16 where the hardware multiplies it, else fp32."""
     num_chunks: int | None = None
@@ -80,11 +83,11 @@ class TrainFlags:
     """Start of chunked cross-attention: the paper's, or one that copies."""
     retrieval_dropout: float | None = None
     """Share of sequences that see no neighbours."""
+    final_retrieval_dropout: float | None = None
+    """The share at the last step, up to which it changes evenly."""
     gradient_checkpointing: bool | None = None
     """Less memory, about a third more time."""
     checkpoint_every: int | None = None
-    final_retrieval_dropout: float | None = None
-    """The share at the last step, up to which it changes evenly."""
     """Steps between checkpoints."""
     keep_checkpoints: int | None = None
     """Newest checkpoints kept."""

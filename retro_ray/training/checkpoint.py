@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file, save_model
+from safetensors.torch import load_file, save_file
 from safetensors.torch import load_model as load_weights
 
 from retro_ray.config import RunConfig
@@ -29,6 +29,7 @@ from retro_ray.database.format import FileRecord, Manifest, file_record, write_j
 from retro_ray.errors import CheckpointError, MismatchError
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.optimizer import Optimizer
+from retro_ray.training.parallel import gathered, own_part
 
 FORMAT_VERSION = 1
 META_NAME = "checkpoint.json"
@@ -70,27 +71,37 @@ def checkpoints_directory(run_directory: Path) -> Path:
 
 
 def save_checkpoint(
-    run_directory: Path, meta: CheckpointMeta, model: RetroModel, optimizer: Optimizer, *, keep: int
+    run_directory: Path,
+    meta: CheckpointMeta,
+    model: RetroModel,
+    optimizer: Optimizer,
+    *,
+    keep: int,
+    writes: bool = True,
 ) -> Path:
     """Write a checkpoint, and remove all but the newest `keep`; returns its folder.
 
-    The folder gets its name when every file in it is on the disk: a killed writer leaves nothing
-    that a reader would take for a checkpoint.
+    All workers of a group call it, since each may have but a part of the model; one of them `writes`. The
+    folder gets its name when every file in it is on the disk: a killed writer leaves nothing that a
+    reader would take for a checkpoint.
     """
+    weights, state = gathered(model.state_dict(), keep=writes), gathered(optimizer.tensors(), keep=writes)
     parent = checkpoints_directory(run_directory)
+    folder = parent / _folder_name(meta.step)
+    if not writes:
+        return folder
     parent.mkdir(parents=True, exist_ok=True)
     for leftover in parent.glob(".tmp-*"):
         shutil.rmtree(leftover)
     temporary = parent / f".tmp-{os.getpid()}-{meta.step:08d}"
     temporary.mkdir()
-    save_model(model, str(temporary / MODEL_NAME))
-    save_file({name: t.contiguous() for name, t in optimizer.tensors().items()}, temporary / OPTIMIZER_NAME)
+    save_file(weights, temporary / MODEL_NAME)
+    save_file(state, temporary / OPTIMIZER_NAME)
     for name in (MODEL_NAME, OPTIMIZER_NAME):
         _sync(temporary / name)
     files = {name: file_record(temporary / name) for name in (MODEL_NAME, OPTIMIZER_NAME)}
     write_json_atomically(temporary / META_NAME, dataclasses.replace(meta, files=files).to_dict())
     _sync(temporary)
-    folder = parent / _folder_name(meta.step)
     if folder.exists():  # a torn one, else training would have continued from it
         shutil.rmtree(folder)
     os.rename(temporary, folder)
@@ -190,7 +201,10 @@ def load_checkpoint(run_directory: Path, step: int, model: RetroModel, optimizer
     meta = read_meta(folder)
     if meta.config.model != model.config:
         raise CheckpointError(f"{folder} holds a model of another shape: resume with the settings of the run")
-    load_weights(model, folder / MODEL_NAME)
+    weights = load_file(folder / MODEL_NAME)
+    with torch.no_grad():
+        for name, own in model.state_dict().items():
+            own.copy_(own_part(weights[name], own))
     optimizer.load_tensors(load_file(folder / OPTIMIZER_NAME))
     return meta
 

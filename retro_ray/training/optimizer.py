@@ -13,6 +13,7 @@ from torch import nn
 
 from retro_ray.config import TrainingConfig
 from retro_ray.errors import CheckpointError
+from retro_ray.training.parallel import own_part
 
 FIRST_LEARNING_RATE = 1e-7
 """Where the warm-up starts (paper, appendix C)."""
@@ -110,7 +111,8 @@ class Optimizer:
                     f"the optimiser state of {name} has {kind}, expected {sorted(expected)}: resume with the "
                     "--optimizer of the run"
                 )
-            optimizer.state[parameter][kind] = value.to(parameter.device)
+            whole = value.ndim == 0  # the number of steps
+            optimizer.state[parameter][kind] = value.to(parameter.device) if whole else own_part(value, parameter)
 
 
 def _vocabulary_parameters(model: nn.Module) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from retro_ray.config import TrainingConfig
@@ -17,6 +18,7 @@ from retro_ray.model.retro import RetroModel
 from retro_ray.precision import bf16_is_fast
 from retro_ray.training.batches import StepBatch
 from retro_ray.training.optimizer import Optimizer
+from retro_ray.training.parallel import join_workers, whole_weights
 from retro_ray.training.vocabulary_loss import vocabulary_loss
 from retro_ray.training.windows import NO_TARGET, Batch
 
@@ -83,20 +85,11 @@ class TrainingStep:
     """
 
     def __init__(self, model: RetroModel, config: TrainingConfig, device: torch.device) -> None:
-        self.optimizer = Optimizer(model, config)
         self._config = config
         self._device = device
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
-        module: nn.Module = NextTokenLoss(model)
-        if self._world_size > 1:
-            # Without neighbours (num_neighbours = 0) the retrieval layers get no gradients.
-            module = DistributedDataParallel(
-                module,
-                device_ids=[device] if device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-                find_unused_parameters=bool(model.config.cca_layers),
-            )
-        self._module = module
+        self._module = join_workers(NextTokenLoss(model), model, config.parallel, device)
+        self.optimizer = Optimizer(model, config)
 
     def run(self, share: StepBatch) -> StepResult:
         """One update by this worker's share of a batch."""
@@ -113,8 +106,14 @@ class TrainingStep:
         if self._world_size > 1:
             dist.all_reduce(total)
         norm = nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.max_gradient_norm)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         rate = self.optimizer.step(share.step)
         return StepResult(loss=total / share.num_targets, gradient_norm=norm, learning_rate=rate)
+
+    def whole_weights(self) -> contextlib.AbstractContextManager[None]:
+        """While it is held, the model may be used by each worker alone, as for a validation between steps."""
+        return whole_weights(self._module)
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         return self._module(
@@ -123,7 +122,7 @@ class TrainingStep:
 
     @contextlib.contextmanager
     def _synchronised(self, last: bool) -> Iterator[None]:
-        """Gradients are exchanged with the last micro-batch only."""
+        """Gradients are exchanged with the last micro-batch only; with FSDP with each, which keeps them in parts."""
         if last or not isinstance(self._module, DistributedDataParallel):
             yield
         else:

@@ -84,7 +84,9 @@ class Trainer:
         self._database = self._open_database()
         self._batches = self._training_batches()
         torch.manual_seed(config.seed)
-        self._model = RetroModel(job.config.model).to(device)
+        self._model = RetroModel(job.config.model)
+        if config.parallel == "ddp":  # else it goes there in parts
+            self._model.to(device)
         self._model.gradient_checkpointing = config.gradient_checkpointing
         if config.trained == "retrieval":
             self._model.freeze_decoder()
@@ -137,8 +139,9 @@ class Trainer:
         if self._rank == 0:
             rows = read_metrics(self._job.run_directory / METRICS_NAME)
             plot_metrics(rows, self._job.run_directory / PLOT_NAME)
-            if saves:
-                self._save()
+        if saves:
+            self._save()
+        if self._rank == 0:
             progress.resume_clock()
         return saves
 
@@ -149,7 +152,8 @@ class Trainer:
             return {}
         documents = choose_documents(store, self._config.num_evaluation_chunks, self._config.seed)
         modes: tuple[RetrievalMode, ...] = ("on", "off") if self._job.config.model.cca_layers else ("off",)
-        return {mode: self._score(store, documents[self._rank :: self._world_size], mode).value for mode in modes}
+        with self._step.whole_weights():
+            return {mode: self._score(store, documents[self._rank :: self._world_size], mode).value for mode in modes}
 
     def _score(self, store: ChunkStore, documents: np.ndarray, mode: RetrievalMode) -> BitsPerByte:
         score = score_documents(
@@ -238,7 +242,12 @@ class Trainer:
             validation=self._validation,
         )
         save_checkpoint(
-            self._job.run_directory, meta, self._model, self._step.optimizer, keep=self._config.keep_checkpoints
+            self._job.run_directory,
+            meta,
+            self._model,
+            self._step.optimizer,
+            keep=self._config.keep_checkpoints,
+            writes=self._rank == 0,
         )
 
     def _description(self, precision: str) -> str:
