@@ -14,6 +14,7 @@ from retro_ray.commands.delete import Delete
 from retro_ray.commands.demo import Demo
 from retro_ray.commands.generate import Generate
 from retro_ray.commands.inspect import Inspect
+from retro_ray.commands.plan import Plan
 from retro_ray.commands.search import Search
 from retro_ray.commands.update import Update
 from retro_ray.commands.verify import Verify
@@ -23,6 +24,7 @@ Command = (
     | Annotated[Search, tyro.conf.subcommand("search")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Assess, tyro.conf.subcommand("assess")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Add, tyro.conf.subcommand("add")]
