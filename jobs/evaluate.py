@@ -48,6 +48,10 @@ class EvaluateJob:
     it, in place of all else."""
     before: Path | None = None
     """Home of that state. Default: the database of --after as it was built, without its edits."""
+    questions: Path | None = None
+    """Answer the questions of this file, in SQuAD's format, in place of all else: exact match and F1."""
+    passages: Literal["given", "retrieved"] = "given"
+    """Answer them with the paragraphs of that file, or with what the database has for each."""
     num_neighbours: int | None = None
     """Neighbours per chunk. Default: as many as in training."""
     max_chunks: int | None = None
@@ -60,12 +64,14 @@ class EvaluateJob:
 
 def main(job: EvaluateJob) -> None:
     """Evaluate, then print tables."""
-    from retro_ray.evaluation.results import as_json
     from retro_ray.evaluation.subject import open_subject
     from retro_ray.ray_session import connect
 
     if job.before is not None and job.after is None:
         raise ConfigError("--before is given without --after: name the home of the state after the update, too")
+    if job.questions is not None:
+        _finish(job, _answers(job, job.questions))
+        return
     connect()
     before, after = _databases(job)
     with open_subject(
@@ -77,6 +83,12 @@ def main(job: EvaluateJob) -> None:
         database=before,
     ) as subject:
         result = _scores(job, subject) if before is None or after is None else _update(job, subject, before, after)
+    _finish(job, result)
+
+
+def _finish(job: EvaluateJob, result: dict[str, Any]) -> None:
+    from retro_ray.evaluation.results import as_json
+
     if job.json is not None:
         job.json.write_text(json.dumps(as_json(result), indent=2) + "\n", encoding="utf-8")
 
@@ -93,23 +105,21 @@ def _databases(job: EvaluateJob) -> tuple[Database | None, Database | None]:
 
 
 def _scores(job: EvaluateJob, subject: Subject) -> dict[str, Any]:
-    from retro_ray.evaluation.evaluate import evaluate
-    from retro_ray.evaluation.near_duplicates import find_near_duplicates
-    from retro_ray.evaluation.results import write_result
-    from retro_ray.evaluation.sweeps import sweep
+    from retro_ray.evaluation.record import record
     from retro_ray.evaluation.tables import leakage_table, near_duplicates_table, scores_table, sweep_table
 
-    result = evaluate(subject, baseline=job.baseline, num_workers=job.num_workers).to_dict()
-    write_result(subject.run, "scores", result)
+    result = record(
+        subject,
+        baseline=job.baseline,
+        near_duplicates=job.near_duplicates,
+        axes=job.sweep,
+        num_workers=job.num_workers,
+    )
     print(scores_table(result))
     print(leakage_table(result))
     if job.near_duplicates:
-        result["near_duplicates"] = find_near_duplicates(subject)
-        write_result(subject.run, "near_duplicates", result["near_duplicates"])
         print(near_duplicates_table(result["near_duplicates"]))
     if job.sweep:
-        result["sweep"] = sweep(subject, job.sweep, num_workers=job.num_workers)
-        write_result(subject.run, "sweep", result["sweep"])
         print(sweep_table(result["sweep"]))
     return result
 
@@ -122,6 +132,19 @@ def _update(job: EvaluateJob, subject: Subject, before: Database, after: Databas
     result = compare(subject, before, after, num_workers=job.num_workers)
     write_result(subject.run, "update", result)
     print(update_table(result))
+    return result
+
+
+def _answers(job: EvaluateJob, questions: Path) -> dict[str, Any]:
+    from retro_ray.database.store import Database
+    from retro_ray.evaluation.answering import answer_file
+    from retro_ray.evaluation.tables import answers_table
+    from retro_ray.training.run_folder import run_directory
+
+    home = job.home.expanduser().absolute()
+    run_folder = run_directory(home, job.run)
+    result = answer_file(run_folder, Database.open(home), questions, job.passages, job.num_neighbours)
+    print(answers_table(result))
     return result
 
 

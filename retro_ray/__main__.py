@@ -15,6 +15,7 @@ from retro_ray.commands.demo import Demo
 from retro_ray.commands.generate import Generate
 from retro_ray.commands.inspect import Inspect
 from retro_ray.commands.plan import Plan
+from retro_ray.commands.report import Report
 from retro_ray.commands.search import Search
 from retro_ray.commands.update import Update
 from retro_ray.commands.verify import Verify
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Assess, tyro.conf.subcommand("assess")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Verify, tyro.conf.subcommand("verify")]
     | Annotated[Add, tyro.conf.subcommand("add")]
     | Annotated[Delete, tyro.conf.subcommand("delete")]

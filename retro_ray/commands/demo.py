@@ -22,7 +22,8 @@ class Demo:
     """Run all of retro_ray on the documentation that this Python carries.
 
     Index it, train a small RETRO on it for two minutes, score that on held-out modules with
-    retrieval on, off and random, and generate a text with its citations.
+    retrieval on, off and random, generate a text with its citations, and tell it of documents that it
+    does not know.
     """
 
     home: Path = field(default_factory=default_home)
@@ -33,6 +34,7 @@ class Demo:
     """Training steps. Default: the recipe's."""
 
     def run(self) -> None:
+        from retro_ray.commands.demo_update import update_as_text, update_database
         from retro_ray.commands.generate import as_text
         from retro_ray.config import CorpusConfig, DatabaseConfig
         from retro_ray.database.build import DatabaseBuilder
@@ -56,6 +58,9 @@ class Demo:
         prompt = held_out_prompt(Database.open(home))
         result = _timed("generate", seconds, lambda: generate(home, prompt))
         print(as_text(prompt, result))
+        _title("5. An update: documents are added, the model stays as it is")
+        update = _timed("update", seconds, lambda: update_database(home))
+        print(update_as_text(update))
 
         _title("Summary")
         print(
@@ -64,6 +69,9 @@ class Demo:
         print(f"{scores['on'].value:8.4f} bits per byte, RETRO[ON]")
         print(f"{scores['off'].value:8.4f} bits per byte, RETRO[OFF]")
         print(f"{scores['random'].value:8.4f} bits per byte, random neighbours")
+        bits = update.result["bits_per_byte"]
+        told = "of documents that it was told of by an update"
+        print(f"{bits['after']:8.4f} bits per byte {told}; {bits['before']:.4f} before")
         for stage, taken in seconds.items():
             print(f"{taken:8.1f} s  {stage}")
         print(f"{_total(seconds):8.1f} s  in all; everything is in {home}")

@@ -20,6 +20,9 @@ from retro_ray.evaluation.scores import PassScores, TokenScores
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.checkpoint import load_model
 
+_SCORING = 1
+"""To be raised when the same pass gives other scores than before, so that those that were kept are not taken."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -47,7 +50,7 @@ class Pass:
             ids = first_neighbours(self.neighbours, self.num_neighbours)(np.arange(text.partition.num_chunks))
             chosen = hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()
         retrieved = (self.manifest.version, self.num_neighbours, self.parts) if self.mode != "off" else None
-        return fingerprint([self.weights, text.identity, self.mode, retrieved, chosen])
+        return fingerprint([_SCORING, self.weights, text.identity, self.mode, retrieved, chosen])
 
 
 class PassScorer:

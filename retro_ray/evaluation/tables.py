@@ -106,6 +106,16 @@ def update_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def answers_table(result: dict[str, Any]) -> str:
+    """Right answers with passages and without."""
+    lines = [
+        f"step {result['step']}, {result['scores']['on']['questions']} questions, passages {result['passages']}",
+        f"{'retrieval':>10}  exact match      F1",
+    ]
+    lines += [f"{mode:>10}  {one['exact_match']:11.1%}  {one['f1']:6.1%}" for mode, one in result["scores"].items()]
+    return "\n".join(lines)
+
+
 def as_interval(interval: tuple[float, float]) -> str:
     """An interval, or nothing where there is none."""
     return "" if math.isnan(interval[0]) else f"{interval[0]:.4f}-{interval[1]:.4f}"

@@ -34,6 +34,7 @@ TURNED = {
 
 RAY_MODULES = {
     "commands/demo.py",
+    "commands/report.py",
     "database/build.py",
     "database/embed_units.py",
     "evaluation/near_duplicates.py",

@@ -13,7 +13,7 @@ from retro_ray.errors import DatabaseError, MismatchError
 from retro_ray.evaluation.own_text import first_neighbours
 from retro_ray.evaluation.subject import open_subject
 from retro_ray.evaluation.tables import update_table
-from retro_ray.evaluation.update import as_built, compare, reading
+from retro_ray.evaluation.update import _credits, as_built, compare, reading
 from tests.unit.database.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
 from tests.unit.evaluation.trained import save_run
 
@@ -86,3 +86,15 @@ def test_databases_that_do_not_fit(home: Path, tmp_path_factory: pytest.TempPath
         cut = Database(other.directory, type(other.manifest)(**{**fields, "chunk_length": 16}))
         with pytest.raises(MismatchError, match="chunking"):
             reading(subject, cut)
+
+
+def test_what_a_chunk_saved_goes_to_the_new_neighbours_of_the_chunk_before_it(home: Path) -> None:
+    """Three chunks of one document, two of another; tokens tell versions of a document apart."""
+    with open_subject(home) as subject:
+        rows = np.array([*range(3), *range(*subject.store.document_rows(1))][:5])
+        saved = np.array([100.0, 8.0, 3.0, 100.0, 5.0])
+        old, new = ("page", b"1"), ("page", b"2")
+        before = [[old], [old], [], [old], []]
+        after = [[new, ("other", b"x")], [old], [new], [new], []]
+        credit = _credits(subject.store, rows, saved, before, after)
+    assert credit == {0: {"page": 4.0, "other": 4.0}, 1: {"page": 5.0}}
