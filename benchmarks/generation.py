@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks.generation_homes import prompts, require_database, require_trained
+from benchmarks.generation_prefetch import prefetch_cost
 from benchmarks.generation_rates import (
     answer,
     decode_streams,
@@ -56,7 +57,7 @@ class GenerationBenchmark:
     run: str = "default"
     """Name of the trained run."""
     data: Path | None = None
-    """Folder of corpora. Without it, and without --trained-home, drafts are not measured."""
+    """Folder of corpora. Without it, and without --trained-home, drafts and prefetching are not measured."""
     cache: Path = Path("results/homes")
     """Where what is built first is kept."""
     peers_python: Path = Path(".venv-peers/bin/python")
@@ -83,7 +84,9 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
     config = paper_172m(database.manifest.vocab_size, database.chunk_length).model
     model = random_model(config, database.tokenizer.eos_id)
     weight_bytes = decoder_bytes(model)
-    engine = GenerationEngine(fast_model(model), database.tokenizer, retriever, speculate=0)
+    fast = fast_model(model)
+    engine = GenerationEngine(fast, database.tokenizer, retriever, speculate=0)
+    prefetching = GenerationEngine(fast, database.tokenizer, retriever, speculate=0, prefetch=True)
     llama = llama_like(config)
 
     # Of different lengths, so that they do not end their chunks in the same step.
@@ -101,10 +104,12 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
             for retrieval in (True, False)
             for chosen in (texts[:1], texts)
         )
+        ahead = decode_streams(prefetching, texts[:1], benchmark.num_tokens, retrieval=True)
         same = same and one.results[0].token_ids == eight.results[0].token_ids
         figures = {
             "tokens_per_s_1": one.tokens_per_s,
             "tokens_per_s_8": eight.tokens_per_s,
+            "tokens_per_s_1_prefetch": ahead.tokens_per_s,
             "tokens_per_s_1_off": one_off.tokens_per_s,
             "tokens_per_s_8_off": eight_off.tokens_per_s,
             "retrieval_hidden_share_8": eight.retrieval_hidden_share,
@@ -136,15 +141,16 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
     }
 
 
-def measure_drafts(benchmark: GenerationBenchmark) -> dict[str, Any]:
-    """What drafts save with a trained model on held-out documents; nothing without one."""
+def measure_trained(benchmark: GenerationBenchmark) -> dict[str, Any]:
+    """What drafts save and prefetching costs with a trained model on held-out documents; nothing without one."""
     home = require_trained(benchmark.trained_home, benchmark.run, benchmark.data, benchmark.cache.absolute())
     if home is None:
-        print("no --data and no --trained-home: drafts are not measured", file=sys.stderr)
+        print("no --data and no --trained-home: drafts and prefetching are not measured", file=sys.stderr)
         return {}
     database = Database.open(home)
     if database.validation is None:
         raise DatabaseError(f"the database in {home} has no validation split: drafts are measured on its documents")
+    scored, _, _ = load_model(run_directory(home, benchmark.run), database.manifest)
     model, _, _ = load_model(run_directory(home, benchmark.run), database.manifest)
     model = fast_model(model)
     retriever = ChunkRetriever.open(database, LocalRetriever.open(database))
@@ -167,6 +173,7 @@ def measure_drafts(benchmark: GenerationBenchmark) -> dict[str, Any]:
         "speculation_tokens_per_s": num_generated / seconds["drafting"],
         "accepted_tokens_per_pass": (num_generated - num_passes) / num_passes,
         "speculation_same_answers": num_same / len(texts),
+        **prefetch_cost(scored, database, database.validation, retriever),
     }
 
 
@@ -188,7 +195,7 @@ def with_fast_allocator() -> None:
 def main(benchmark: GenerationBenchmark) -> None:
     """Measure and report."""
     torch.set_num_threads(os.cpu_count() or 1)
-    metrics = measure_speed(benchmark) | measure_drafts(benchmark)
+    metrics = measure_speed(benchmark) | measure_trained(benchmark)
     print(report(metrics))
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

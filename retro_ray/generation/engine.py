@@ -47,7 +47,7 @@ class GenerationEngine:
         self.retriever = retriever if model.config.cca_layers else None
         self._speculate = speculate
         m = model.config.chunk_length
-        self._query_length = max(1, m * 3 // 4) if prefetch else m
+        self._query_length = prefetch_length(m) if prefetch else m
 
     def start(self, request: GenerationRequest) -> SequenceState:
         """The request's tokens, checked against the model's limits; nothing is computed yet.
@@ -119,6 +119,11 @@ class GenerationEngine:
         wanted = [(state, query) for state in states for query in state.take_queries()]
         for (state, _), found in zip(wanted, self.retrieve([query for _, query in wanted]), strict=True):
             state.retrieved.append(found)
+
+
+def prefetch_length(chunk_length: int) -> int:
+    """Tokens of a chunk after which prefetching looks its neighbours up."""
+    return max(1, chunk_length * 3 // 4)
 
 
 def _takes(search: ChunkSearch, option: str) -> bool:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -59,9 +60,11 @@ def _balance_components(index: faiss.Index) -> None:
     """
     if not isinstance(index, faiss.IndexPreTransform):
         return
-    first, lists = faiss.downcast_VectorTransform(index.chain.at(0)), faiss.downcast_index(index.index)
-    if isinstance(first, faiss.PCAMatrix) and hasattr(lists, "pq"):
-        first.balanced_bins = lists.pq.M
+    chain: Any = index.chain
+    first = faiss.downcast_VectorTransform(chain.at(0))
+    quantizer: Any = getattr(faiss.downcast_index(index.index), "pq", None)
+    if isinstance(first, faiss.PCAMatrix) and quantizer is not None:
+        first.balanced_bins = quantizer.M
 
 
 def fill_index(index: faiss.Index, key_blocks: Iterable[np.ndarray]) -> faiss.Index:

@@ -107,6 +107,17 @@ def unbatched_distances() -> Iterator[None]:
         faiss.cvar.distance_compute_blas_threshold = before
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """What this thread asks of FAISS meanwhile is done by it alone. (Others may be told otherwise at the same time.)"""
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
+
+
 def _blocks(keys: np.ndarray) -> Iterator[np.ndarray]:
     for start in range(0, len(keys), 1 << 14):
         yield keys[start : start + (1 << 14)]

@@ -11,9 +11,16 @@ from retro_ray.database.format import IndexSpec
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
 from retro_ray.index.merge import Candidates, merge_candidates
 
-_WIDENING = 4
-"""How many times more candidates, or lists, in each further round."""
+_MORE_LISTS = 4
+_MORE_CANDIDATES = 2
+"""How many times more in each further round."""
 _MARGIN = 4
+_SPREAD = 6
+"""Standard deviations that a part may hold more than its share. Chunks of a document are near to each
+other and lie in one part, so that 3, enough if chunks were dealt at random, leave a fifth of the queries
+of an encyclopedia to a second round, and 6 a twentieth."""
+_FEW_QUERIES = 8
+"""For so few, one round more costs more than twice the candidates."""
 
 Ask = Callable[[PreparedQueries, "Wanted", np.ndarray | None], Sequence[Candidates]]
 """Gives the candidates of every part, with chunk_ids: (queries, wanted, excluded_ids [Q, 2] or None)."""
@@ -34,10 +41,10 @@ class Wanted:
     def of_part(self, share: float) -> int:
         """How many a part with this share of the chunks should list.
 
-        What it is expected to hold of the whole's, and three standard deviations, so that it is seldom asked twice.
+        What it is expected to hold of the whole's, and more, so that it is seldom asked twice.
         """
         expected = self.num_candidates * min(1.0, share)
-        spread = 3 * math.sqrt(expected * (1 - min(1.0, share)))
+        spread = _SPREAD * math.sqrt(expected * (1 - min(1.0, share)))
         return self.widening * (math.ceil(expected + spread) + _MARGIN)
 
 
@@ -71,15 +78,18 @@ def search_parts(
     num_candidates = spec.num_candidates(k)
     nprobe, todo = min(spec.nprobe, encoder.num_lists), np.arange(len(queries))
     while len(todo):
-        prepared, asked, widening = encoder.prepare(queries[todo], nprobe), np.arange(len(todo)), 1
+        prepared, asked = encoder.prepare(queries[todo], nprobe), np.arange(len(todo))
+        widening = _MORE_CANDIDATES if len(todo) <= _FEW_QUERIES else 1
         while len(asked):
             rows = todo[asked]
             excluded = None if excluded_ids is None else excluded_ids[rows]
-            parts = ask(prepared[asked] if widening > 1 else prepared, Wanted(num_candidates, widening), excluded)
+            parts = ask(
+                prepared[asked] if len(asked) < len(todo) else prepared, Wanted(num_candidates, widening), excluded
+            )
             found = merge_candidates(parts, k, num_candidates)
             distances[rows], chunk_ids[rows] = found.distances, found.ids
-            asked, widening = asked[found.unfinished], _WIDENING * widening
+            asked, widening = asked[found.unfinished], _MORE_CANDIDATES * widening
         if nprobe >= encoder.num_lists:
             break
-        todo, nprobe = todo[chunk_ids[todo, -1] < 0], min(_WIDENING * nprobe, encoder.num_lists)
+        todo, nprobe = todo[chunk_ids[todo, -1] < 0], min(_MORE_LISTS * nprobe, encoder.num_lists)
     return distances, chunk_ids

@@ -166,17 +166,25 @@ def sweep(
     as help. Ends where more lists only cost, or where it is slower than `give_up_below` queries/s.
     """
     points: list[OperatingPoint] = []
-    for nprobe in _grid(encoder.num_lists):
+
+    def try_lists(nprobe: int) -> None:
         wide = _wide_recall(encoder, ask, trial, nprobe)
         passing = np.flatnonzero(wide >= target_recall)
         enough = passing[0] if len(passing) else np.flatnonzero(wide >= wide[-1] - 0.002)[0]
         num_candidates = max(NUM_NEIGHBOURS, int(enough) + 1)
         spec = IndexSpec(factory=factory, nprobe=nprobe, refine_factor=num_candidates / NUM_NEIGHBOURS)
         points.append(measure(spec, bytes_per_chunk, encoder, ask, trial, num_chunks))
+
+    for nprobe in _grid(encoder.num_lists):
+        try_lists(nprobe)
         num_reaching = len([point for point in points if point.lower_recall >= target_recall])
         if num_reaching >= _NUM_REACHING or points[-1].queries_per_s < give_up_below:
             break
-    return points
+    best = best_point(points, target_recall)
+    if best is not None:
+        for nprobe in _around(best.nprobe, [point.nprobe for point in points]):
+            try_lists(nprobe)
+    return sorted(points, key=lambda point: point.nprobe)
 
 
 def measure(
@@ -224,6 +232,17 @@ def _wide_recall(encoder: QueryEncoder, ask: Ask, trial: Trial, nprobe: int) -> 
 def _grid(num_lists: int) -> list[int]:
     values = {min(num_lists, round(4 * _NPROBE_STEP**i)) for i in range(40)}
     return sorted(values)
+
+
+def _around(nprobe: int, tried: Sequence[int]) -> list[int]:
+    """Between a number of lists and those that were tried beside it, two on either side."""
+    found = set()
+    for other in (
+        max((n for n in tried if n < nprobe), default=nprobe),
+        min((n for n in tried if n > nprobe), default=nprobe),
+    ):
+        found |= {round(nprobe * (other / nprobe) ** share) for share in (1 / 3, 2 / 3)}
+    return sorted(found - set(tried))
 
 
 def ask_parts(parts: Sequence[tuple[int, float, IndexShard]]) -> Ask:

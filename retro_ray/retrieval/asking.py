@@ -6,6 +6,7 @@ memory-mapped segments (a home is a folder that all nodes share), so only small 
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from retro_ray.database.store import Database
 from retro_ray.errors import MismatchError, RetrievalError
 from retro_ray.index.build import read_index
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
+from retro_ray.index.exact import one_thread
 from retro_ray.index.merge import Candidates
 from retro_ray.index.search import Wanted, search_parts
 from retro_ray.retrieval.answering import nothing_found
@@ -26,13 +28,15 @@ from retro_ray.retrieval.following import Commit, CommitId, FollowedManifest
 from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
 
 QUERIES_PER_REQUEST = 1024
-"""A larger batch goes in pieces, several at a time: one is merged while the shards work on the next."""
-_PIECES_AT_A_TIME = 3
+"""A larger batch goes in pieces."""
 _PAUSE_S = 0.01
 
 
 class Shards(Protocol):
     """Reaches the side that answers."""
+
+    requests_at_a_time: int
+    """Of one large batch: one is prepared and merged while the shards work on the others."""
 
     def ask(self, request: CandidateRequest, num_shards: int) -> tuple[Sequence[CandidateAnswer], tuple[int, ...]]:
         """The answers of the shards, and the shards that gave none.
@@ -116,7 +120,9 @@ class Asker:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._view = _open_view(follow, follow.current(), None)
-        self._pool = ThreadPoolExecutor(_PIECES_AT_A_TIME, thread_name_prefix="retro-ray-asking")
+        self._pool = None
+        if shards.requests_at_a_time > 1:
+            self._pool = ThreadPoolExecutor(shards.requests_at_a_time, thread_name_prefix="retro-ray-asking")
 
     @property
     def database(self) -> Database:
@@ -159,14 +165,14 @@ class Asker:
 
         def search_piece(piece: slice) -> tuple[np.ndarray, np.ndarray]:
             excluded = None if excluded_ids is None else excluded_ids[piece]
-            return search_parts(queries[piece], k, spec, view.encoder, asking, excluded)
+            # Where shards are elsewhere, the processors are theirs: none of ours shall wait busily for another.
+            with contextlib.nullcontext() if self._pool is None else one_thread():
+                return search_parts(queries[piece], k, spec, view.encoder, asking, excluded)
 
         pieces = list(_pieces(len(queries)))
-        if len(pieces) == 1:
-            distances, chunk_ids = search_piece(pieces[0])
-        else:
-            found = list(self._pool.map(search_piece, pieces))
-            distances, chunk_ids = (np.concatenate(column) for column in zip(*found, strict=True))
+        over = map if self._pool is None or len(pieces) == 1 else self._pool.map
+        found = over(search_piece, pieces)
+        distances, chunk_ids = (np.concatenate(column) for column in zip(*found, strict=True))
         return Found(view.database, distances, chunk_ids, tuple(sorted(asking.missing)))
 
     def _current_view(self) -> _View:

@@ -13,7 +13,7 @@ Request = TypeVar("Request")
 Answer = TypeVar("Answer")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Waiting(Generic[Request, Answer]):
     request: Request
     group: Hashable
@@ -22,18 +22,16 @@ class _Waiting(Generic[Request, Answer]):
 
 
 class Coalescer(Generic[Request, Answer]):
-    """Answers requests of many threads in one thread of its own, as few, large batches.
+    """Answers requests of many threads, one batch at a time, as few, large batches.
 
-    Nothing is waited for: a request that finds the thread idle is a batch by itself. The thread is
-    always the same one, since OpenMP keeps a team of threads, and a setting of how many, for each
-    thread that calls it.
+    Nothing is waited for, and there is no thread that would have to be woken: the thread of a request
+    that finds nobody working answers it, and with it what waits beside it.
 
     Args:
         answer: answers the requests of one batch, in their order.
         group_of: requests of equal groups may share a batch.
         size_of: how much of a batch a request fills.
         max_batch_size: a batch holds no more, unless a single request does.
-        prepare: called once in the thread, before the first batch.
     """
 
     def __init__(
@@ -43,63 +41,39 @@ class Coalescer(Generic[Request, Answer]):
         group_of: Callable[[Request], Hashable],
         size_of: Callable[[Request], int],
         max_batch_size: int,
-        prepare: Callable[[], None] | None = None,
     ) -> None:
         self._answer = answer
         self._group_of = group_of
         self._size_of = size_of
         self._max_batch_size = max_batch_size
-        self._prepare = prepare
         self._waiting: deque[_Waiting[Request, Answer]] = deque()
-        self._changed = threading.Condition()
-        self._is_closed = False
-        self._thread = threading.Thread(target=self._run, name="retro-ray-batches", daemon=True)
-        self._thread.start()
+        self._is_working = threading.Lock()
 
     @property
     def num_waiting(self) -> int:
         """Requests that no batch has taken yet."""
         return len(self._waiting)
 
-    def submit(self, request: Request) -> Future[Answer]:
-        """Queue a request; the future gets its answer, or what answering it raised."""
-        waiting: _Waiting[Request, Answer] = _Waiting(
-            request, self._group_of(request), self._size_of(request), Future()
-        )
-        with self._changed:
-            if self._is_closed:
-                raise RuntimeError("the coalescer is closed")
-            self._waiting.append(waiting)
-            self._changed.notify()
-        return waiting.future
-
-    def close(self) -> None:
-        """Take nothing more; what is queued is still answered. Returns when that is done."""
-        with self._changed:
-            self._is_closed = True
-            self._changed.notify()
-        self._thread.join()
-
-    def _run(self) -> None:
-        if self._prepare is not None:
-            self._prepare()
-        while batch := self._take():
-            self._answer_batch(batch)
+    def answer(self, request: Request) -> Answer:
+        """The answer to a request, or what answering it raised."""
+        own: _Waiting[Request, Answer] = _Waiting(request, self._group_of(request), self._size_of(request), Future())
+        self._waiting.append(own)
+        while not own.future.done():
+            with self._is_working:
+                if not own.future.done():
+                    self._answer_batch(self._take())
+        return own.future.result()
 
     def _take(self) -> list[_Waiting[Request, Answer]]:
-        """The longest waiting request and what fits beside it, in order; nothing once closed and empty."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._is_closed)
-            batch: list[_Waiting[Request, Answer]] = []
-            size = 0
-            others: list[_Waiting[Request, Answer]] = []
-            while self._waiting:
-                waiting = self._waiting.popleft()
-                fits = not batch or (waiting.group == batch[0].group and size + waiting.size <= self._max_batch_size)
-                (batch if fits else others).append(waiting)
-                size += waiting.size if fits else 0
-            self._waiting.extend(others)
-            return batch
+        """The longest waiting request and what fits beside it, in order."""
+        batch: list[_Waiting[Request, Answer]] = []
+        size = 0
+        for waiting in list(self._waiting):  # more may come meanwhile
+            if not batch or (waiting.group == batch[0].group and size + waiting.size <= self._max_batch_size):
+                self._waiting.remove(waiting)
+                batch.append(waiting)
+                size += waiting.size
+        return batch
 
     def _answer_batch(self, batch: list[_Waiting[Request, Answer]]) -> None:
         try:

@@ -15,6 +15,8 @@ from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
 class LocalShards:
     """All segments in this process, as one shard."""
 
+    requests_at_a_time = 1
+
     def __init__(self, served: ServedShard) -> None:
         self._served = served
         # FAISS divides a batch among the processors; two batches at a time would only disturb each other.

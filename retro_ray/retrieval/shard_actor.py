@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from retro_ray.database.format import Manifest, fingerprint, read_manifest
+from retro_ray.index.exact import one_thread
 from retro_ray.ray_session import NAMESPACE, num_cluster_cpus
 from retro_ray.retrieval.answering import ServedShard
 from retro_ray.retrieval.coalescing import Coalescer
@@ -41,20 +43,29 @@ class ShardActor:
     def __init__(self, directory: str, shard: int, num_threads: int, mmap: bool, pinned: dict[str, Any] | None) -> None:
         manifest = None if pinned is None else Manifest.from_dict(pinned)
         self._served = ServedShard(Path(directory), shard, pinned=manifest, mmap=mmap)
+        self._team = None
+        if num_threads > 1:
+            # Always the same thread: OpenMP keeps a team of threads for each one that calls it.
+            self._team = ThreadPoolExecutor(1, "retro-ray-search", faiss.omp_set_num_threads, (num_threads,))
         self._batches = Coalescer[CandidateRequest, CandidateAnswer](
-            self._served.answer,
+            self._answer,
             group_of=ServedShard.group_of,
             size_of=lambda request: len(request.queries),
             max_batch_size=_QUERIES_PER_BATCH,
-            prepare=lambda: faiss.omp_set_num_threads(num_threads),
         )
 
     def search(self, request: CandidateRequest | bytes) -> CandidateAnswer | bytes:
         """The candidates for a request; in bytes for one in bytes (see retrieval/wire.py)."""
         is_small = isinstance(request, bytes)
-        answer = self._batches.submit(request_from_bytes(request) if is_small else request).result()
+        answer = self._batches.answer(request_from_bytes(request) if is_small else request)
         answer = dataclasses.replace(answer, num_queued=self._batches.num_waiting)
         return answer_to_bytes(answer) if is_small else answer
+
+    def _answer(self, requests: Sequence[CandidateRequest]) -> list[CandidateAnswer]:
+        if self._team is not None:
+            return self._team.submit(self._served.answer, requests).result()
+        with one_thread():
+            return self._served.answer(requests)
 
     def ready(self) -> CandidateAnswer:
         """Answers once the shard is loaded."""

@@ -73,6 +73,8 @@ class ShardedRetriever(DatabaseRetriever):
 class RayShards:
     """Asks shard actors."""
 
+    requests_at_a_time = 3
+
     def __init__(self, transport: RayTransport, config: RetrievalConfig, directory: Path) -> None:
         self._client = FailoverClient(
             transport,

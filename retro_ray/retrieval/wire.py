@@ -54,7 +54,8 @@ def answer_from_bytes(message: bytes) -> CandidateAnswer:
 
 
 def _pack(content: Any) -> bytes:
-    return msgpack.packb(content, default=_array_to_map)
+    message: bytes = msgpack.Packer(default=_array_to_map).pack(content)
+    return message
 
 
 def _unpack(message: bytes) -> Any:

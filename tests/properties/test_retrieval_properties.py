@@ -44,6 +44,8 @@ def corpora(draw: st.DrawFn) -> Corpus:
 class ServedShards:
     """Shards as actors hold them, each with replicas that fail as a test says; the client is the real one."""
 
+    requests_at_a_time = 3
+
     def __init__(self, home: Home, trouble: Sequence[int]) -> None:
         self.replicas = [
             [ServedShard(home.directory, shard) for _ in range(NUM_REPLICAS)]

@@ -44,6 +44,8 @@ def keys_of(home: Home) -> np.ndarray:
 class FixedShards:
     """Answers with shards held here, or as a test says."""
 
+    requests_at_a_time = 2
+
     def __init__(self, home: Home, change: Callable[[list[CandidateAnswer]], Sequence[CandidateAnswer]] = list) -> None:
         self.served = [ServedShard(home.directory, shard) for shard in range(home.manifest.num_shards)]
         self.num_asked = 0
