@@ -144,7 +144,9 @@ def write_start(run_directory: Path, config: RunConfig, weights: dict[str, Tenso
 def _load_pretrained(name_or_path: str) -> Any:
     """A transformers model, in the precision of its file, from this machine or else from the hub."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     loaded: Any
     path = str(Path(name_or_path).expanduser())
     is_path = Path(path).exists() or name_or_path.startswith((".", "/", "~"))
