@@ -77,7 +77,7 @@ def test_retrieval_dropout_changes_evenly_and_one_that_is_given_stays(manifest):
     assert [changing.retrieval_dropout_at(step) for step in range(5)] == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6])
     given = replaced(new_config("tiny", manifest, {}, {}), {"retrieval_dropout": 0.1}).training
     assert {given.retrieval_dropout_at(step) for step in (0, given.num_steps - 1)} == {0.1}
-    with pytest.raises(ConfigError, match="final_retrieval_dropout is 1.5"):
+    with pytest.raises(ConfigError, match="final_retrieval_dropout is"):
         new_config("tiny", manifest, {}, {"final_retrieval_dropout": 1.5})
 
 
