@@ -59,7 +59,9 @@ def _retrieval_products(config: ModelConfig) -> tuple[float, float]:
     products += num_cross * per_token * 2 * encoder_attended * config.chunk_length
     # Chunked cross-attention: the other way round.
     num_cca = len(config.cca_layers)
-    weights += num_cca * 2 * attended * (config.hidden_dim + per_token * config.encoder_dim)
+    # Keys that copy come from two tokens each.
+    of_neighbours = 3 if config.cca_start == "copy" else 2
+    weights += num_cca * attended * (2 * config.hidden_dim + of_neighbours * per_token * config.encoder_dim)
     products += num_cca * 2 * attended * config.num_neighbours * config.neighbour_length
     return weights, products
 

@@ -17,7 +17,8 @@ from retro_ray.config import RetrievalConfig
 from retro_ray.database.format import write_manifest
 from retro_ray.database.store import Database
 from retro_ray.errors import RetrievalError
-from retro_ray.index.encoder import QueryEncoder
+from retro_ray.index.encoder import PreparedQueries
+from retro_ray.index.search import Wanted
 from retro_ray.ray_session import NAMESPACE
 from retro_ray.retrieval.following import CommitId
 from retro_ray.retrieval.local import LocalRetriever
@@ -26,7 +27,7 @@ from retro_ray.retrieval.retriever import NeighbourSet
 from retro_ray.retrieval.shard_actor import ReplicaName, refresh_shard_actors, stop_shard_actors
 from retro_ray.retrieval.sharded import ShardedRetriever
 from tests.fakes import write_tiny_database
-from tests.unit.retrieval.homes import FLAT, write_home
+from tests.unit.retrieval.homes import write_home
 from tests.unit.retrieval.indexed import with_indexes
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -180,8 +181,9 @@ def test_a_slow_shard_is_named_with_the_setting(
 
 def test_a_search_that_fails_is_an_error_of_its_shard(database: Database) -> None:
     retriever = ShardedRetriever(database)
-    nonsense: Any = CandidateRequest(CommitId(0, ""), QueryEncoder(FLAT, None).prepare(np.zeros((1, 8))), 5, None)  # type: ignore[arg-type]
-    with pytest.raises(RetrievalError, match=r"shard 0 of 2 .*the search failed: .*'int' object") as caught:
+    nothing = np.zeros(1, np.float32)
+    nonsense = CandidateRequest(CommitId(0, ""), PreparedQueries(nothing, nothing, nothing, nothing), Wanted(5), None)
+    with pytest.raises(RetrievalError, match=r"shard 0 of 2 .*the search failed: .*tuple index") as caught:
         retriever._shards.ask(nonsense, 2)
     assert "\n" not in str(caught.value)
     with pytest.raises(RetrievalError, match=r"\(1, 5\) .* 8 dimensions"):

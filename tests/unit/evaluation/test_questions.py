@@ -90,8 +90,8 @@ def test_a_file_in_squads_format(tmp_path: Path) -> None:
 
 
 def test_the_question_ends_with_the_first_chunk(tokenizer: TextTokenizer) -> None:
-    tokens, padding = question_tokens("a?", tokenizer, M)
-    assert len(tokens) == M
+    tokens, padding = question_tokens("a?", tokenizer, 64)
+    assert len(tokens) == 64
     assert tokenizer.decode(tokens[padding:]) == "question: a? \nanswer:"
     tokens, padding = question_tokens("alpha beta " * 30, tokenizer, M)
     assert (len(tokens), padding) == (M, 0)
