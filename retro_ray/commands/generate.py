@@ -44,7 +44,8 @@ class Generate:
     no_retrieval: bool = False
     """Generate without neighbours."""
     prefetch: bool = False
-    """Look neighbours up when three quarters of a chunk are there, so that generation does not stop for them."""
+    """Look neighbours up when three quarters of a chunk are there, so that generation does not stop for them. They fit
+    less well: 2 % more bits per byte where that was measured."""
     speculate: int = 12
     """Tokens guessed at most from what was retrieved, and then read in one pass; 0: none. Changes no answer."""
     json: bool = False
