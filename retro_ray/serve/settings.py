@@ -45,8 +45,8 @@ class ServeSettings(BaseModel):
     """How the shards are searched, e.g. '{"num_replicas": 2, "rerank": "overlap"}'. Where a shard does not
     answer, replies say so, unless the policy is set to wait or fail."""
     prefetch: bool = False
-    """Retrieve for a chunk when three quarters of it are there, so that generation need not stop for it. Such neighbours
-    fit less well: 2 % more bits per byte where that was measured."""
+    """Retrieve for a chunk when three quarters of it are there, so that generation need not stop for it. What is found
+    so fits less well: 2 % more bits per byte where that was measured."""
     speculate: int = Field(default=12, ge=0)
     """Tokens guessed at most from what was retrieved, and then read in one pass; 0: none. Changes no answer."""
     max_cached_tokens: int | None = Field(default=None, ge=1)
