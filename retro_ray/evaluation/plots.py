@@ -101,7 +101,7 @@ def _svg(draw: Callable[[Any], None], width: float = 7.5, height: float = 3.2) -
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
+    style: dict[Any, Any] = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
     style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "axes.labelcolor"), _LINES)
     style |= {"axes.grid": True, "grid.color": _LINES, "grid.alpha": 0.25, "axes.facecolor": "none"}
     style |= {"axes.spines.top": False, "axes.spines.right": False}
