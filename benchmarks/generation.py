@@ -105,17 +105,17 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
             for chosen in (texts[:1], texts)
         )
         ahead = decode_streams(prefetching, texts[:1], benchmark.num_tokens, retrieval=True)
-        same = same and one.results[0].token_ids == eight.results[0].token_ids
+        same = same and one.answers.results[0].token_ids == eight.answers.results[0].token_ids
         figures = {
             "tokens_per_s_1": one.tokens_per_s,
             "tokens_per_s_8": eight.tokens_per_s,
             "tokens_per_s_1_prefetch": ahead.tokens_per_s,
             "tokens_per_s_1_off": one_off.tokens_per_s,
             "tokens_per_s_8_off": eight_off.tokens_per_s,
-            "retrieval_hidden_share_8": eight.retrieval_hidden_share,
+            "retrieval_hidden_share_8": eight.answers.retrieval_hidden_share,
             "hf_tokens_per_s": llama_tokens_per_s(llama, texts[0], benchmark.num_tokens),
             "read_gb_per_s": read_bandwidth() / 1e9,
-            "time_to_first_token_s": answer(engine, [long_text], 1)[0],
+            "time_to_first_token_s": answer(engine, [long_text], 1).seconds,
         }
         for name, value in figures.items():
             samples.setdefault(name, []).append(value)
@@ -161,13 +161,13 @@ def measure_trained(benchmark: GenerationBenchmark) -> dict[str, Any]:
     num_generated = num_passes = num_same = 0
     texts = prompts(database.validation, [_TRAINED_PROMPT_TOKENS] * benchmark.num_prompts)
     for text in texts:
-        plain_s, [expected], _ = answer(plain, [text], num_tokens)
-        drafting_s, [result], stats = answer(drafting, [text], num_tokens)
-        seconds["plain"] += plain_s
-        seconds["drafting"] += drafting_s
-        num_generated += len(result.token_ids) - 1  # the first is read off the prompt
-        num_passes += stats.num_steps
-        num_same += result.token_ids == expected.token_ids
+        expected = answer(plain, [text], num_tokens)
+        drafted = answer(drafting, [text], num_tokens)
+        seconds["plain"] += expected.seconds
+        seconds["drafting"] += drafted.seconds
+        num_generated += len(drafted.results[0].token_ids) - 1  # the first is read off the prompt
+        num_passes += drafted.ended.num_steps
+        num_same += drafted.results[0].token_ids == expected.results[0].token_ids
     return {
         "speculation_gain": seconds["plain"] / seconds["drafting"],
         "speculation_tokens_per_s": num_generated / seconds["drafting"],

@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
 from retro_ray.generation.engine import GenerationEngine
+from retro_ray.generation.events import Finished, TextDelta
 from retro_ray.generation.request import GenerationRequest, GenerationResult
 from retro_ray.generation.sampling import SamplingConfig
 from retro_ray.generation.scheduler import GenerationScheduler
@@ -57,54 +58,72 @@ def read_bandwidth(num_bytes: int = 1 << 30) -> float:
 
 
 @dataclass(frozen=True)
+class Answers:
+    """To requests that were made at the same time."""
+
+    seconds: float
+    """Until the last of them ended."""
+    results: tuple[GenerationResult, ...]
+    begun: SchedulerStats
+    """When each had its first token."""
+    ended: SchedulerStats
+
+    @property
+    def retrieval_hidden_share(self) -> float:
+        """Of the retrieval for what was generated; 0 if there was none."""
+        retrieval_s = self.ended.retrieval_s - self.begun.retrieval_s
+        return 1 - (_stalled_s(self.ended) - _stalled_s(self.begun)) / retrieval_s if retrieval_s > 0 else 0.0
+
+
+def answer(
+    engine: GenerationEngine, prompts: Sequence[Sequence[int]], num_tokens: int, retrieval: bool = True
+) -> Answers:
+    """Continue all `prompts` at once, greedily, through a scheduler as a service does."""
+    with contextlib.closing(GenerationScheduler(engine, max_batch_size=len(prompts))) as scheduler:
+        begun: dict[int, SchedulerStats] = {}
+
+        async def follow(index: int) -> GenerationResult:
+            request = GenerationRequest(
+                prompt_tokens=tuple(prompts[index]), max_tokens=num_tokens, retrieval=retrieval, sampling=GREEDY
+            )
+            async with contextlib.aclosing(scheduler.stream(request)) as events:
+                async for event in events:
+                    if isinstance(event, (TextDelta, Finished)) and index not in begun:
+                        begun[index] = scheduler.stats()
+                    if isinstance(event, Finished):
+                        return event.result
+            raise AssertionError("a stream ends with Finished or an error")
+
+        async def follow_all() -> list[GenerationResult]:
+            return await asyncio.gather(*map(follow, range(len(prompts))))
+
+        start = time.perf_counter()
+        results = asyncio.run(follow_all())
+        seconds = time.perf_counter() - start
+        *_, last_begun = begun.values()
+        return Answers(seconds, tuple(results), last_begun, scheduler.stats())
+
+
+@dataclass(frozen=True)
 class Streams:
     """Requests that were decoded at the same time."""
 
-    seconds: float
+    tokens_per_s: float
     """From the first request until the last answer, without what their prompts and first tokens took."""
-    results: tuple[GenerationResult, ...]
-    retrieval_hidden_share: float
-    """Of the retrieval for what was generated."""
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(len(result.token_ids) - 1 for result in self.results) / self.seconds
+    answers: Answers
 
 
 def decode_streams(
     engine: GenerationEngine, prompts: Sequence[Sequence[int]], num_tokens: int, retrieval: bool
 ) -> Streams:
-    """Continue all `prompts` at once, greedily, through a scheduler as a service does."""
-    prompt_s, _, before = answer(engine, prompts, 1, retrieval)
-    whole_s, results, after = answer(engine, prompts, num_tokens + 1, retrieval)
-    retrieval_s = after.retrieval_s - before.retrieval_s
-    return Streams(
-        whole_s - prompt_s,
-        tuple(results),
-        1 - (stalled_s(after) - stalled_s(before)) / retrieval_s if retrieval_s > 0 else 0.0,
-    )
+    """The rate at which all `prompts` are continued at once."""
+    prompt_s = answer(engine, prompts, 1, retrieval).seconds
+    answers = answer(engine, prompts, num_tokens + 1, retrieval)
+    num_decoded = sum(len(result.token_ids) - 1 for result in answers.results)
+    return Streams(num_decoded / (answers.seconds - prompt_s), answers)
 
 
-def answer(
-    engine: GenerationEngine, prompts: Sequence[Sequence[int]], num_tokens: int, retrieval: bool = True
-) -> tuple[float, list[GenerationResult], SchedulerStats]:
-    """Seconds until all are answered, the answers, and the scheduler's figures."""
-    requests = [
-        GenerationRequest(prompt_tokens=tuple(prompt), max_tokens=num_tokens, retrieval=retrieval, sampling=GREEDY)
-        for prompt in prompts
-    ]
-
-    async def ask() -> tuple[float, list[GenerationResult]]:
-        start = time.perf_counter()
-        results = await asyncio.gather(*map(scheduler.generate, requests))
-        return time.perf_counter() - start, results
-
-    with contextlib.closing(GenerationScheduler(engine, max_batch_size=len(requests))) as scheduler:
-        seconds, results = asyncio.run(ask())
-        return seconds, results, scheduler.stats()
-
-
-def stalled_s(stats: SchedulerStats) -> float:
+def _stalled_s(stats: SchedulerStats) -> float:
     """Seconds of retrieval in which nothing was decoded."""
     return (1 - stats.retrieval_hidden_share) * stats.retrieval_s
 
