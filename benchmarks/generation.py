@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from benchmarks.generation_rates import (
     answer,
     decode_streams,
     decoder_bytes,
+    in_own_thread,
     llama_like,
     llama_tokens_per_s,
     random_model,
@@ -35,6 +37,7 @@ from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError
 from retro_ray.generation.engine import GenerationEngine
 from retro_ray.generation.fast_model import fast_model
+from retro_ray.openmp import computing_alone
 from retro_ray.recipes import paper_172m
 from retro_ray.retrieval.local import LocalRetriever
 from retro_ray.retrieval.retriever import ChunkRetriever
@@ -113,8 +116,8 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
             "tokens_per_s_1_off": one_off.tokens_per_s,
             "tokens_per_s_8_off": eight_off.tokens_per_s,
             "retrieval_hidden_share_8": eight.answers.retrieval_hidden_share,
-            "hf_tokens_per_s": llama_tokens_per_s(llama, texts[0], benchmark.num_tokens),
-            "read_gb_per_s": read_bandwidth() / 1e9,
+            "hf_tokens_per_s": in_own_thread(partial(llama_tokens_per_s, llama, texts[0], benchmark.num_tokens)),
+            "read_gb_per_s": in_own_thread(read_bandwidth) / 1e9,
             "time_to_first_token_s": answer(engine, [long_text], 1).seconds,
         }
         for name, value in figures.items():
@@ -173,7 +176,7 @@ def measure_trained(benchmark: GenerationBenchmark) -> dict[str, Any]:
         "speculation_tokens_per_s": num_generated / seconds["drafting"],
         "accepted_tokens_per_pass": (num_generated - num_passes) / num_passes,
         "speculation_same_answers": num_same / len(texts),
-        **prefetch_cost(scored, database, database.validation, retriever),
+        **in_own_thread(partial(prefetch_cost, scored, database, database.validation, retriever)),
     }
 
 
@@ -195,7 +198,8 @@ def with_fast_allocator() -> None:
 def main(benchmark: GenerationBenchmark) -> None:
     """Measure and report."""
     torch.set_num_threads(os.cpu_count() or 1)
-    metrics = measure_speed(benchmark) | measure_trained(benchmark)
+    with computing_alone():
+        metrics = measure_speed(benchmark) | measure_trained(benchmark)
     print(report(metrics))
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")

@@ -11,9 +11,11 @@ import contextlib
 import json
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,6 +31,15 @@ from retro_ray.generation.stats import SchedulerStats
 from retro_ray.model.retro import RetroModel
 
 GREEDY = SamplingConfig(temperature=0.0)
+
+
+Computed = TypeVar("Computed")
+
+
+def in_own_thread(compute: Callable[[], Computed]) -> Computed:
+    """As one contender among others: its OpenMP threads end with the thread, and slow no other one down."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(compute).result()
 
 
 def random_model(config: ModelConfig, eos_id: int) -> RetroModel:

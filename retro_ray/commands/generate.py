@@ -57,6 +57,7 @@ class Generate:
         from retro_ray.generation.fast_model import fast_model
         from retro_ray.generation.request import GenerationRequest
         from retro_ray.generation.sampling import SamplingConfig
+        from retro_ray.openmp import computing_alone
         from retro_ray.retrieval.open import open_retriever
         from retro_ray.training.checkpoint import load_model
         from retro_ray.training.run_folder import run_directory
@@ -68,12 +69,13 @@ class Generate:
             retrieval=not self.no_retrieval,
             num_neighbours=self.num_neighbours,
         )
-        database = Database.open(self.home)
-        model, _, _ = load_model(run_directory(self.home, self.run_name), database.manifest)
-        retriever = None if self.no_retrieval else open_retriever(database)
-        engine = GenerationEngine(
-            fast_model(model), database.tokenizer, retriever, prefetch=self.prefetch, speculate=self.speculate
-        )
+        with computing_alone():
+            database = Database.open(self.home)
+            model, _, _ = load_model(run_directory(self.home, self.run_name), database.manifest)
+            retriever = None if self.no_retrieval else open_retriever(database)
+            engine = GenerationEngine(
+                fast_model(model), database.tokenizer, retriever, prefetch=self.prefetch, speculate=self.speculate
+            )
         if self.json:
             [result] = engine.generate([request])
             print(json.dumps(dataclasses.asdict(result), indent=2, ensure_ascii=False))

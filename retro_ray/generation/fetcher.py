@@ -1,4 +1,7 @@
-"""Neighbours are retrieved in a thread of their own, so that sequences that need none decode on."""
+"""Neighbours are retrieved in a thread of their own, so that sequences that need none decode on.
+
+It computes alone: the processors are for decoding.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 
 from retro_ray.generation.engine import GenerationEngine
 from retro_ray.generation.neighbours import ChunkQuery, RetrievedChunk
+from retro_ray.openmp import computing_alone
 
 MAX_QUERIES_PER_CALL = 32
 """Unless one prompt has more: long prompts that came together are retrieved one after another, so
@@ -60,6 +64,7 @@ class NeighbourFetcher:
             self._is_closed = True
             self._condition.notify()
 
+    @computing_alone()
     def _run(self) -> None:
         while fetches := self._take():
             start = time.monotonic()

@@ -21,6 +21,7 @@ from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.format import fingerprint
 from retro_ray.database.store import Database
 from retro_ray.errors import BusyError, RetroRayError
+from retro_ray.openmp import computing_alone
 from retro_ray.ray_session import NAMESPACE, connect, connect_if_running, user_error
 from retro_ray.retrieval.announce import announce_commit
 from retro_ray.retrieval.retriever import ChunkRetriever
@@ -44,6 +45,7 @@ _SHUTDOWN_MARGIN_S = 5.0
 class GenerationService:
     """One replica: engine, embedder and retriever in one process, the shards in their own actors."""
 
+    @computing_alone()
     def __init__(self, settings: ServeSettings, keys: Sequence[ApiKey]) -> None:
         _log_beside_serve()
         torch.set_num_threads(max(1, int(settings.num_cpus)))

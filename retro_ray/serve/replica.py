@@ -19,6 +19,7 @@ from retro_ray.generation.fast_model import fast_model
 from retro_ray.generation.neighbours import cited_neighbours
 from retro_ray.generation.request import GenerationRequest, Rerank
 from retro_ray.generation.scheduler import GenerationScheduler
+from retro_ray.openmp import computing_alone
 from retro_ray.serve.checkpoint_watch import CheckpointWatch
 from retro_ray.serve.metrics import Instruments, MeasuredSearch, Search, ServiceMetrics
 from retro_ray.serve.service import RetrievedText, ServedModel
@@ -143,6 +144,7 @@ class Replica:
         await asyncio.gather(*self._background, return_exceptions=True)
         await asyncio.to_thread(self._scheduler.close, self._settings.drain_s)
 
+    @computing_alone()
     def _load(self, path: Path) -> _Loaded:
         """The checkpoint at `path`, or the newest one of a run."""
         model, _, meta = load_model(path, self._database.manifest, self._device)
@@ -161,6 +163,7 @@ class Replica:
         self._scheduler.replace_engine(loaded.engine)
         self._loaded = loaded
 
+    @computing_alone()
     def _retrieve(self, texts: Sequence[str], num_neighbours: int | None, rerank: Rerank | None) -> list[RetrievedText]:
         config = self._loaded.engine.model.config
         k = num_neighbours or config.num_neighbours
@@ -184,6 +187,7 @@ class Replica:
             await asyncio.to_thread(self._look_at_database)
             await asyncio.sleep(interval_s)
 
+    @computing_alone()
     def _look_at_database(self) -> None:
         try:
             self._database_version = Database.open(self._settings.home).manifest.version

@@ -13,7 +13,7 @@ MODULES = sorted((ROOT / "retro_ray").rglob("*.py"))
 
 # Each part may import from the parts named before it, and from itself.
 LAYERS = [
-    {"errors", "progress", "precision", "allocator", "file_lock"},
+    {"errors", "progress", "precision", "allocator", "openmp", "file_lock"},
     {"config", "command_line"},
     {"text", "embedding", "recipes"},
     {"database", "index"},
