@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -188,7 +189,7 @@ def retro_pytorch_tokens_per_s(python: Path, config: ModelConfig, context: int, 
         "neighbours": config.num_neighbours,
         "context": context,
         "tokens": num_tokens,
-        "threads": torch.get_num_threads(),
+        "threads": os.cpu_count() or 1,
     }
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     script = Path(__file__).with_name("retro_pytorch_generation.py")
