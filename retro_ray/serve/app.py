@@ -45,7 +45,6 @@ _SHUTDOWN_MARGIN_S = 5.0
 class GenerationService:
     """One replica: engine, embedder and retriever in one process, the shards in their own actors."""
 
-    @computing_alone()
     def __init__(self, settings: ServeSettings, keys: Sequence[ApiKey]) -> None:
         _log_beside_serve()
         torch.set_num_threads(max(1, int(settings.num_cpus)))
@@ -53,7 +52,8 @@ class GenerationService:
         database = Database.open(settings.home)
         shards = ShardedRetriever(database, settings.retrieval)
         shards.wait_until_ready()
-        search = ChunkRetriever.open(database, shards, device)
+        with computing_alone():
+            search = ChunkRetriever.open(database, shards, device)
         self._replica = Replica(settings, database, search, metrics, device)
         self._documents = HomeDocuments(settings.home, ActorEdits(settings.home))
         self._api_settings = ApiSettings(
