@@ -21,7 +21,7 @@ import torch
 from benchmarks.generation_homes import prompts, require_database, require_trained
 from benchmarks.generation_prefetch import prefetch_cost
 from benchmarks.generation_rates import (
-    answer,
+    answer_alone,
     decode_streams,
     decoder_bytes,
     in_own_thread,
@@ -118,7 +118,7 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
             "retrieval_hidden_share_8": eight.answers.retrieval_hidden_share,
             "hf_tokens_per_s": in_own_thread(partial(llama_tokens_per_s, llama, texts[0], benchmark.num_tokens)),
             "read_gb_per_s": in_own_thread(read_bandwidth) / 1e9,
-            "time_to_first_token_s": answer(engine, [long_text], 1).seconds,
+            "time_to_first_token_s": answer_alone(engine, long_text, 1).seconds,
         }
         for name, value in figures.items():
             samples.setdefault(name, []).append(value)
@@ -164,8 +164,7 @@ def measure_trained(benchmark: GenerationBenchmark) -> dict[str, Any]:
     num_generated = num_passes = num_same = 0
     texts = prompts(database.validation, [_TRAINED_PROMPT_TOKENS] * benchmark.num_prompts)
     for text in texts:
-        expected = answer(plain, [text], num_tokens)
-        drafted = answer(drafting, [text], num_tokens)
+        expected, drafted = answer_alone(plain, text, num_tokens), answer_alone(drafting, text, num_tokens)
         seconds["plain"] += expected.seconds
         seconds["drafting"] += drafted.seconds
         num_generated += len(drafted.results[0].token_ids) - 1  # the first is read off the prompt

@@ -88,32 +88,31 @@ class Answers:
 
 
 def answer(
-    engine: GenerationEngine, prompts: Sequence[Sequence[int]], num_tokens: int, retrieval: bool = True
+    scheduler: GenerationScheduler, prompts: Sequence[Sequence[int]], num_tokens: int, retrieval: bool = True
 ) -> Answers:
-    """Continue all `prompts` at once, greedily, through a scheduler as a service does."""
-    with contextlib.closing(GenerationScheduler(engine, max_batch_size=len(prompts))) as scheduler:
-        begun: dict[int, SchedulerStats] = {}
+    """Continue all `prompts` at once, greedily."""
+    begun: dict[int, SchedulerStats] = {}
 
-        async def follow(index: int) -> GenerationResult:
-            request = GenerationRequest(
-                prompt_tokens=tuple(prompts[index]), max_tokens=num_tokens, retrieval=retrieval, sampling=GREEDY
-            )
-            async with contextlib.aclosing(scheduler.stream(request)) as events:
-                async for event in events:
-                    if isinstance(event, (TextDelta, Finished)) and index not in begun:
-                        begun[index] = scheduler.stats()
-                    if isinstance(event, Finished):
-                        return event.result
-            raise AssertionError("a stream ends with Finished or an error")
+    async def follow(index: int) -> GenerationResult:
+        request = GenerationRequest(
+            prompt_tokens=tuple(prompts[index]), max_tokens=num_tokens, retrieval=retrieval, sampling=GREEDY
+        )
+        async with contextlib.aclosing(scheduler.stream(request)) as events:
+            async for event in events:
+                if isinstance(event, (TextDelta, Finished)) and index not in begun:
+                    begun[index] = scheduler.stats()
+                if isinstance(event, Finished):
+                    return event.result
+        raise AssertionError("a stream ends with Finished or an error")
 
-        async def follow_all() -> list[GenerationResult]:
-            return await asyncio.gather(*map(follow, range(len(prompts))))
+    async def follow_all() -> list[GenerationResult]:
+        return await asyncio.gather(*map(follow, range(len(prompts))))
 
-        start = time.perf_counter()
-        results = asyncio.run(follow_all())
-        seconds = time.perf_counter() - start
-        *_, last_begun = begun.values()
-        return Answers(seconds, tuple(results), last_begun, scheduler.stats())
+    start = time.perf_counter()
+    results = asyncio.run(follow_all())
+    seconds = time.perf_counter() - start
+    *_, last_begun = begun.values()
+    return Answers(seconds, tuple(results), last_begun, scheduler.stats())
 
 
 @dataclass(frozen=True)
@@ -128,11 +127,19 @@ class Streams:
 def decode_streams(
     engine: GenerationEngine, prompts: Sequence[Sequence[int]], num_tokens: int, retrieval: bool
 ) -> Streams:
-    """The rate at which all `prompts` are continued at once."""
-    prompt_s = answer(engine, prompts, 1, retrieval).seconds
-    answers = answer(engine, prompts, num_tokens + 1, retrieval)
+    """The rate at which all `prompts` are continued at once by a scheduler that has done so before, as a service's."""
+    with contextlib.closing(GenerationScheduler(engine, max_batch_size=len(prompts))) as scheduler:
+        answer(scheduler, prompts, num_tokens + 1, retrieval)
+        prompt_s = answer(scheduler, prompts, 1, retrieval).seconds
+        answers = answer(scheduler, prompts, num_tokens + 1, retrieval)
     num_decoded = sum(len(result.token_ids) - 1 for result in answers.results)
     return Streams(num_decoded / (answers.seconds - prompt_s), answers)
+
+
+def answer_alone(engine: GenerationEngine, prompt: Sequence[int], num_tokens: int) -> Answers:
+    """Continue one prompt by a scheduler that has done nothing before."""
+    with contextlib.closing(GenerationScheduler(engine, max_batch_size=1)) as scheduler:
+        return answer(scheduler, [prompt], num_tokens)
 
 
 def _stalled_s(stats: SchedulerStats) -> float:

@@ -70,6 +70,7 @@ class DecodingBatch:
         m = self._model.config.chunk_length
         retrieved = [state.retrieved[: state.num_prompt_tokens // m] for state in states]
         neighbours = neighbour_tensors(retrieved, self._model.config.neighbour_length, self._device)
+        cache.give_back(max([len(state.tokens) for state in self.active] + lengths_B.tolist()))
         first = len(self.active)
         hidden_BTD = self._model.prefill_hidden(
             tokens_BT.to(self._device),
@@ -96,6 +97,7 @@ class DecodingBatch:
         if not running:
             return []
         assert self._cache is not None
+        self._cache.give_back(max(len(state.tokens) for state in self.active))
         # Slots behind the last one that runs need not be computed; those that wait in between are left out.
         states = self.active[: running[-1] + 1]
         most_drafted = max(0, _MOST_ROWS // len(running) - 1)

@@ -13,14 +13,21 @@ from retro_ray.model.attention import KeysValues, open_empty_rows
 from retro_ray.model.encoder import EncodedNeighbours
 
 ROW_BLOCK = 64
-"""Keys and values have room for multiples of so many rows, all of which are read, since a CPU would copy
-a part of them first. A softmax over further blocks, masked, adds up in the same order as without
-them: to the bit, a sequence gets the same logits whatever is in the slots beside it."""
+"""Keys and values have room for multiples of so many rows. A softmax over further blocks, masked, adds up
+in the same order as without them: to the bit, a sequence gets the same logits whatever is in the
+slots beside it."""
 
 
 def whole_blocks(num_rows: int) -> int:
     """`num_rows`, or the next number of them that fills blocks."""
     return -(-num_rows // ROW_BLOCK) * ROW_BLOCK
+
+
+def rows_to_read(num_rows: int, held_rows: int) -> int:
+    """How many of the held rows to read for the first `num_rows`: all, unless they are far more. A CPU copies a part
+    of them first, which takes twice as long as reading it.
+    """
+    return held_rows if num_rows <= held_rows <= 3 * num_rows else whole_blocks(num_rows)
 
 
 class DecodeCache:
@@ -68,6 +75,11 @@ class DecodeCache:
         return len(self.lengths)
 
     @property
+    def held_rows(self) -> int:
+        """Tokens per slot that there are keys and values for at the moment."""
+        return self.keys[0].shape[2]
+
+    @property
     def num_cca_rows(self) -> int:
         """Rows that CCA reads per slot: all tokens of all neighbours, with "copy" a null row, and what
         fills the last block.
@@ -85,6 +97,14 @@ class DecodeCache:
             for store in (self.keys, self.values):
                 for number, old in enumerate(store):
                     store[number] = _resized(old, *shape)
+
+    def give_back(self, num_tokens: int) -> None:
+        """Keep no more rows than for so many tokens in a slot, if that is less than half of them."""
+        held_slots, heads, held_rows, head_dim = self.keys[0].shape
+        if held_rows > 2 * whole_blocks(num_tokens):
+            for store in (self.keys, self.values):
+                for number, old in enumerate(store):
+                    store[number] = _resized(old, held_slots, heads, whole_blocks(num_tokens), head_dim)
 
     def move(self, source: int, target: int) -> None:
         """Copy slot `source` over slot `target`."""
@@ -143,7 +163,9 @@ class DecodeCache:
         neighbours.
         """
         num_rows = int(self.num_neighbour_rows[:num_slots].max())
-        return open_empty_rows(self.cca_mask[:num_slots, : whole_blocks(num_rows)]) if num_rows else None
+        if num_rows == 0:
+            return None
+        return open_empty_rows(self.cca_mask[:num_slots, : rows_to_read(num_rows, self.num_cca_rows)])
 
     def write_neighbours(
         self, slots: Tensor, encoded: EncodedNeighbours, keys_values: Mapping[int, KeysValues]

@@ -95,7 +95,7 @@ def read_new_tokens(
     m = model.config.chunk_length
     completed = [slot for slot, count in enumerate(num_new) if count and (lengths[slot] + 1) % m == 0]
     h_ND = model.embed_tokens(tokens_N)
-    new = place_new_tokens(model.config, lengths, num_new, h_ND.device, h_ND.dtype)
+    new = place_new_tokens(model.config, lengths, num_new, cache.held_rows, h_ND.device, h_ND.dtype)
     seen_BS = None
     for layer in model.layers:
         number = layer.number

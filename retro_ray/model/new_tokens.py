@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.model.attention import attend, attention_weights, product_by_heads
-from retro_ray.model.cache import whole_blocks
+from retro_ray.model.cache import rows_to_read
 from retro_ray.model.layers import RowRotation, decoder_rotary, rotary_at, row_rotation
 
 _MAX_WASTED_ROWS = 512
@@ -88,9 +88,16 @@ class NewTokens:
 
 
 def place_new_tokens(
-    config: ModelConfig, lengths: Sequence[int], num_new: Sequence[int], device: torch.device, dtype: torch.dtype
+    config: ModelConfig,
+    lengths: Sequence[int],
+    num_new: Sequence[int],
+    held_rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> NewTokens:
-    """Places for `num_new` tokens of each slot behind the `lengths` that it has; one in all at least."""
+    """Places for `num_new` tokens of each slot behind the `lengths` that it has, in a cache that holds so many rows;
+    one token in all at least.
+    """
     m = config.chunk_length
     slots = [slot for slot, count in enumerate(num_new) for _ in range(count)]
     positions = [length + t for length, count in zip(lengths, num_new, strict=True) for t in range(count)]
@@ -99,7 +106,7 @@ def place_new_tokens(
     groups: list[SlotGroup] = []
     for members in _grouped_slots(lengths, num_new):
         first_row = groups[-1].rows.stop if groups else 0
-        groups.append(_slot_group(members, lengths, num_new, first_row, device))
+        groups.append(_slot_group(members, lengths, num_new, held_rows, first_row, device))
     return NewTokens(
         slots_N=torch.tensor(slots, device=device),
         positions_N=positions_N,
@@ -129,10 +136,15 @@ def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int]) -> list[range
 
 
 def _slot_group(
-    members: range, lengths: Sequence[int], num_new: Sequence[int], first_row: int, device: torch.device
+    members: range,
+    lengths: Sequence[int],
+    num_new: Sequence[int],
+    held_rows: int,
+    first_row: int,
+    device: torch.device,
 ) -> SlotGroup:
     counts = [num_new[slot] for slot in members]
-    num_rows = whole_blocks(max(lengths[slot] + num_new[slot] for slot in members))
+    num_rows = rows_to_read(max(lengths[slot] + num_new[slot] for slot in members), held_rows)
     width = max(counts)
     places = [b * width + t for b, count in enumerate(counts) for t in range(count)]
     positions_BT = torch.tensor([[lengths[slot] + t for t in range(width)] for slot in members], device=device)

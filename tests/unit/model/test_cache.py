@@ -164,6 +164,29 @@ def test_new_tokens_stop_at_the_end_of_a_chunk() -> None:
     assert cache.lengths.tolist() == [3, 7]
 
 
+def test_rows_that_no_slot_needs_any_longer_are_given_back() -> None:
+    """Whoever stays reads what it read before; and grows again."""
+    config = small_config(num_chunks=300)
+    model = random_model(config)
+    batch = random_batch(config, batch_size=2, num_tokens=300, num_neighbours=1)
+    cache = model.new_cache(2, 320)
+    model.prefill(batch.tokens_BT, torch.tensor([70, 300]), cache, *batch.retrieval.values())
+    cache.give_back(161)
+    assert cache.held_rows == 320, "half of them are needed"
+    cache.give_back(70)
+    assert cache.held_rows == 128
+    for length in range(70, 131):
+        neighbours = batch.neighbours_BLKR[:1, length // 4], batch.mask_BLKR[:1, length // 4]
+        logits_BV = model.decode_step(batch.tokens_BT[:1, length], cache, *neighbours)
+    assert cache.held_rows == 192
+    expected_BTV = model(
+        batch.tokens_BT[:1, :131],
+        neighbours_BLKR=batch.neighbours_BLKR[:1, :32],
+        neighbour_mask_BLKR=batch.mask_BLKR[:1, :32],
+    )
+    torch.testing.assert_close(logits_BV, expected_BTV[:, -1])
+
+
 def test_slots_of_very_different_lengths_are_read_apart() -> None:
     """Some of them together, one of which pauses, and none as long as the longest."""
     config = small_config(num_chunks=300)
@@ -173,9 +196,11 @@ def test_slots_of_very_different_lengths_are_read_apart() -> None:
     cache = model.new_cache(6, 1104)
     model.prefill(batch.tokens_BT[:, :1100], torch.tensor(lengths), cache, *batch.retrieval.values())
     num_new = [1, 1, 2, 0, 1, 1]
-    assert [range(*group.slots.indices(6)) for group in place_new_tokens(config, lengths, num_new, *WHERE).groups] == [
+    groups = place_new_tokens(config, lengths, num_new, cache.held_rows, *WHERE).groups
+    assert [range(*group.slots.indices(6)) for group in groups] == [
         range(0, 1), range(1, 2), range(2, 3), range(4, 6),
     ]  # fmt: skip
+    assert [group.seen_BTS.shape[-1] for group in groups] == [64, 1152, 64, 64]
     tokens_N = torch.cat(
         [batch.tokens_BT[b, n : n + new] for b, (n, new) in enumerate(zip(lengths, num_new, strict=True))]
     )
