@@ -56,7 +56,10 @@ def connect_if_running() -> bool:
         ConfigError: `RAY_ADDRESS` names a cluster that does not answer, or asks for a token.
     """
     named = os.environ.get("RAY_ADDRESS", "auto") not in ("", "auto")
-    address = services.canonicalize_bootstrap_address("auto")
+    try:
+        address = services.canonicalize_bootstrap_address("auto")
+    except ConnectionError:  # none has run since the machine started
+        address = None
     if address is None or not _answers(address):
         # A Ray that was killed leaves its address behind; Ray itself would try it for minutes.
         if address is not None and named:
