@@ -40,5 +40,6 @@ def test_a_cluster_that_was_killed(monkeypatch: pytest.MonkeyPatch, nobody_liste
 
 def test_a_named_cluster_must_answer(monkeypatch: pytest.MonkeyPatch, nobody_listens: str) -> None:
     monkeypatch.setenv("RAY_ADDRESS", nobody_listens)
-    with pytest.raises(ConfigError, match=f"RAY_ADDRESS is {nobody_listens}, where nothing answers"):
+    _, port = nobody_listens.split(":")  # Ray may put another of the machine's addresses in front
+    with pytest.raises(ConfigError, match=rf"RAY_ADDRESS is .*:{port}, where nothing answers"):
         connect_if_running()
