@@ -35,18 +35,17 @@ def plot_curve(points: Sequence[OperatingPoint], spec: IndexSpec, target_recall:
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    curves = dict.fromkeys((point.factory, point.num_chunks) for point in points)
-    for factory, num_chunks in curves:
-        line = sorted(
-            (point for point in points if (point.factory, point.num_chunks) == (factory, num_chunks)),
-            key=lambda point: point.nprobe,
-        )
+    # An index of one piece and the same one in its shards differ in what a chunk takes.
+    curves: dict[tuple[str, int, float], list[OperatingPoint]] = {}
+    for point in sorted(points, key=lambda point: point.nprobe):
+        curves.setdefault((point.factory, point.num_chunks, point.bytes_per_chunk), []).append(point)
+    for (factory, num_chunks, bytes_per_chunk), line in curves.items():
         axes.plot(
             [point.recall for point in line],
             [point.queries_per_s for point in line],
             marker="o",
             markersize=3.5,
-            label=f"{factory}, {num_chunks:,} keys, {line[0].bytes_per_chunk:.0f} bytes per chunk",
+            label=f"{factory}, {num_chunks:,} keys, {bytes_per_chunk:.0f} bytes per chunk",
         )
     for point in points:
         if is_chosen(point, spec):
