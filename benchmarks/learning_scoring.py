@@ -5,22 +5,21 @@ What was scored is kept in HOME/scores/RUN.json of the database that is retrieve
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from retro_ray.allocator import FAST_ALLOCATOR_ENV
-from retro_ray.command_line import parse, run
+from benchmarks.learning_process import do, start_process
 from retro_ray.database.format import write_json_atomically
 from retro_ray.database.store import Database
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Scoring:
     """Score a run with one database, in some modes: off, on, random, or on with another number of neighbours, on-1."""
 
@@ -53,20 +52,15 @@ class Scoring:
 
     def start(self, until: float) -> subprocess.Popen[bytes]:
         """Score in a process of its own what is not scored, beginning with no mode after a time."""
-        settings = {"database": str(self.database), "folder": str(self.folder), "modes": self.modes, "until": until}
-        command = [sys.executable, "-m", "benchmarks.learning_scoring", "--settings", json.dumps(settings)]
-        return subprocess.Popen(command, env={**os.environ, **FAST_ALLOCATOR_ENV, "OMP_NUM_THREADS": "1"})
+        return start_process("benchmarks.learning_scoring", {**dataclasses.asdict(self), "until": until})
 
     def score(self, until: float) -> None:
         """The same, here."""
-        import torch
-
         from retro_ray.evaluation.bits_per_byte import choose_documents, score_documents
         from retro_ray.evaluation.current_neighbours import validation_text
         from retro_ray.evaluation.own_text import first_neighbours
         from retro_ray.training.checkpoint import load_model
 
-        torch.set_num_threads(1)
         database = Database.open(self.database)
         model, config, _ = load_model(self.folder, database.manifest)
         for mode in self.modes:
@@ -91,18 +85,9 @@ class Scoring:
             print(f"{self.folder.name} in {self.database.name}: {mode} {score.value:.4f}", flush=True)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flags:
-    settings: str
-
-
-def _main(flags: _Flags) -> None:
-    settings = json.loads(flags.settings)
-    until = settings.pop("until")
-    paths = {name: Path(settings[name]) for name in ("database", "folder")}
-    Scoring(**paths, modes=tuple(settings["modes"])).score(until)
+def _score(told: dict[str, Any]) -> None:
+    Scoring(Path(told["database"]), Path(told["folder"]), tuple(told["modes"])).score(told["until"])
 
 
 if __name__ == "__main__":
-    parsed = parse(_Flags, "python -m benchmarks.learning_scoring")
-    run(lambda: _main(parsed))
+    do(_score)

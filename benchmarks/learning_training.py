@@ -4,17 +4,15 @@ checkpoint when its time is over.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from retro_ray.allocator import FAST_ALLOCATOR_ENV
-from retro_ray.command_line import parse, run
+from benchmarks.learning_process import do, start_process
 from retro_ray.database.format import write_json_atomically
 from retro_ray.database.store import Database
 from retro_ray.training.retrofit import fitting_config, load_base, write_start
@@ -59,16 +57,12 @@ class TrainingRun:
 
     def start(self, until: float) -> subprocess.Popen[bytes]:
         """Continue it in a process of its own until a time (of time.time()), or to its end."""
-        settings = {"home": str(self.home), "run": self.run, "recipe": self.recipe, "base": self.base}
-        settings |= {"model": self.model, "training": self.training, "until": until}
-        command = [sys.executable, "-m", "benchmarks.learning_training", "--settings", json.dumps(settings)]
-        return subprocess.Popen(command, env={**os.environ, **FAST_ALLOCATOR_ENV, "OMP_NUM_THREADS": "1"})
+        return start_process("benchmarks.learning_training", {**dataclasses.asdict(self), "until": until})
 
     def train(self, until: float) -> None:
         """The same, here."""
         import torch
 
-        torch.set_num_threads(1)
         folder, manifest = self.folder, Database.open(self.home).manifest
         with locked(folder):
             if (folder / "config.json").exists():
@@ -89,18 +83,12 @@ class TrainingRun:
                 write_json_atomically(folder / OUTCOME_NAME, result)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Flags:
-    settings: str
-
-
-def _main(flags: _Flags) -> None:
-    settings = json.loads(flags.settings)
-    until = settings.pop("until")
-    model = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.pop("model").items()}
-    TrainingRun(**{**settings, "home": Path(settings["home"]), "model": model}).train(until)
+def _train(told: dict[str, Any]) -> None:
+    until = told.pop("until")
+    # Layers are tuples, which JSON has not.
+    told["model"] = {name: tuple(x) if isinstance(x, list) else x for name, x in told["model"].items()}
+    TrainingRun(**{**told, "home": Path(told["home"])}).train(until)
 
 
 if __name__ == "__main__":
-    parsed = parse(_Flags, "python -m benchmarks.learning_training")
-    run(lambda: _main(parsed))
+    do(_train)

@@ -9,7 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from retro_ray.database.add_segment import embed_segment, write_documents
-from retro_ray.database.format import IndexSpec, Manifest, database_directory, file_record, write_manifest
+from retro_ray.database.format import (
+    MANIFEST_NAME,
+    IndexSpec,
+    Manifest,
+    database_directory,
+    file_record,
+    write_manifest,
+)
 from retro_ray.database.split import document_hash
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.retrieval.local import LocalRetriever
@@ -20,6 +27,7 @@ from tests.fakes import WORDS, tiny_texts
 
 CHUNK_LENGTH = 8
 NUM_NEIGHBOURS = 3
+NAMES = [f"d{number}" for number in range(8)]
 
 
 class HashEmbedder:
@@ -99,3 +107,43 @@ def _with_neighbours(database: Database) -> Database:
     manifest = Manifest(**{**vars(database.manifest), "files": files})
     write_manifest(database.directory, manifest)
     return Database(database.directory, manifest)
+
+
+def live_ids(home: Path) -> list[str]:
+    """Ids of the documents that the database has, in its order."""
+    database = Database.open(home)
+    return [
+        store.document_ref(row).id
+        for store in database.segments
+        for row in range(store.num_documents)
+        if not database.is_deleted(np.array(store.chunk_id_base + store.document_first_row[row]))
+    ]
+
+
+def text_of(home: Path, name: str) -> str:
+    database = Database.open(home)
+    place = database.find_document(name)
+    assert place is not None
+    store, row = place
+    rows = np.arange(*store.document_rows(row))
+    tokens = [t for chunk, n in zip(store.tokens(rows), store.lengths(rows), strict=True) for t in chunk[:n]]
+    return database.tokenizer.decode(tokens)
+
+
+def files_of(home: Path) -> dict[str, int]:
+    """Files of the database but for the manifest and the lock, with their inodes."""
+    directory = database_directory(home)
+    return {
+        str(path.relative_to(directory)): path.stat().st_ino
+        for path in directory.rglob("*")
+        if path.is_file() and path.name not in (MANIFEST_NAME, ".lock")
+    }
+
+
+def assert_nothing_changed(home: Path, before: tuple[Database, dict[str, int]]) -> None:
+    assert Database.open(home).manifest == before[0].manifest
+    assert files_of(home) == before[1]
+
+
+def live_ids_of(database: Database) -> list[str]:
+    return [store.document_ref(row).id for store in database.segments for row in range(store.num_documents)]
