@@ -46,6 +46,7 @@ def tiny(vocab_size: int, chunk_length: int = 64) -> RunConfig:
             num_warmup_steps=50,
             optimizer="muon",
             retrieval_dropout=0.3,
+            final_retrieval_dropout=0.9,
             checkpoint_every=150,
             evaluate_every=150,
             num_evaluation_chunks=500,
