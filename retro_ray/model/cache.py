@@ -87,24 +87,23 @@ class DecodeCache:
         return whole_blocks(self.num_neighbours * self._config.neighbour_length + (self._config.cca_start == "copy"))
 
     def make_room(self, num_slots: int, num_tokens: int) -> None:
-        """Let the first slots have room for the keys and values of so many tokens; no slot loses any.
-
-        Tensor by tensor, so that old and new are never there together.
-        """
-        held_slots, heads, held_rows, head_dim = self.keys[0].shape
-        if num_slots > held_slots or num_tokens > held_rows:
-            shape = max(num_slots, held_slots), heads, max(whole_blocks(num_tokens), held_rows), head_dim
-            for store in (self.keys, self.values):
-                for number, old in enumerate(store):
-                    store[number] = _resized(old, *shape)
+        """Let the first slots have room for the keys and values of so many tokens; no slot loses any."""
+        held_slots = len(self.keys[0])
+        if num_slots > held_slots or num_tokens > self.held_rows:
+            self._hold(max(num_slots, held_slots), max(whole_blocks(num_tokens), self.held_rows))
 
     def give_back(self, num_tokens: int) -> None:
         """Keep no more rows than for so many tokens in a slot, if that is less than half of them."""
-        held_slots, heads, held_rows, head_dim = self.keys[0].shape
-        if held_rows > 2 * whole_blocks(num_tokens):
-            for store in (self.keys, self.values):
-                for number, old in enumerate(store):
-                    store[number] = _resized(old, held_slots, heads, whole_blocks(num_tokens), head_dim)
+        if self.held_rows > 2 * whole_blocks(num_tokens):
+            self._hold(len(self.keys[0]), whole_blocks(num_tokens))
+
+    def _hold(self, num_slots: int, num_rows: int) -> None:
+        """Keys and values of self-attention for so many slots and tokens. Tensor by tensor, so that old and new are
+        never there together.
+        """
+        for store in (self.keys, self.values):
+            for number, old in enumerate(store):
+                store[number] = _resized(old, num_slots, old.shape[1], num_rows, old.shape[3])
 
     def move(self, source: int, target: int) -> None:
         """Copy slot `source` over slot `target`."""
@@ -118,14 +117,10 @@ class DecodeCache:
     def resize(self, batch_size: int, max_tokens: int, num_neighbours: int) -> None:
         """Make room for more, or for less: what does not fit any longer is lost."""
         self.max_tokens, self.num_neighbours = max_tokens, num_neighbours
-        held_slots, heads, held_rows, head_dim = self.keys[0].shape
-        for store in (self.keys, self.values):
-            for number, old in enumerate(store):
-                shape = min(held_slots, batch_size), heads, min(held_rows, whole_blocks(max_tokens)), head_dim
-                store[number] = _resized(old, *shape)
+        self._hold(min(len(self.keys[0]), batch_size), min(self.held_rows, whole_blocks(max_tokens)))
         for store in (self.cca_keys, self.cca_values):
             for layer, old in store.items():
-                store[layer] = _resized(old, batch_size, heads, self.num_cca_rows, head_dim)
+                store[layer] = _resized(old, batch_size, old.shape[1], self.num_cca_rows, old.shape[3])
         self.cca_mask = _resized(self.cca_mask, batch_size, self.num_cca_rows)
         self.chunk_hidden = _resized(self.chunk_hidden, batch_size, *self.chunk_hidden.shape[1:])
         self.num_neighbour_rows = _resized(self.num_neighbour_rows, batch_size)

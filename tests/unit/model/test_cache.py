@@ -187,6 +187,18 @@ def test_rows_that_no_slot_needs_any_longer_are_given_back() -> None:
     torch.testing.assert_close(logits_BV, expected_BTV[:, -1])
 
 
+def test_a_cache_of_shared_heads_of_keys_grows_and_keeps_its_neighbours() -> None:
+    """Chunked cross-attention has all heads, though self-attention has fewer of keys and values."""
+    config = small_config(num_heads=2, num_kv_heads=1)
+    model = random_model(config)
+    batch = random_batch(config, num_tokens=10)
+    cache = model.new_cache(2, 10)
+    model.prefill(batch.tokens_BT[:, :9], torch.tensor([9, 9]), cache, *batch.retrieval.values())
+    cache.resize(3, 12, config.num_neighbours + 1)
+    logits_BV = model.decode_step(batch.tokens_BT[:, 9], cache)
+    torch.testing.assert_close(logits_BV, model(batch.tokens_BT, **batch.retrieval)[:, -1])
+
+
 def test_slots_of_very_different_lengths_are_read_apart() -> None:
     """Some of them together, one of which pauses, and none as long as the longest."""
     config = small_config(num_chunks=300)
