@@ -285,6 +285,3 @@ def test_a_mapped_generation_outlives_its_files(home: Path, editor: DatabaseEdit
     np.testing.assert_array_equal(old.neighbour_tokens(chunk_ids)[0], expected)
     assert old.segments[0].neighbours.column("chunk_ids").max() > 0
     assert old.segments[0].document_ref(0).id in NAMES
-
-
-# What is refused. ---------------------------------------------------------------------------------------------
