@@ -183,6 +183,9 @@ class ModelConfig:
     """Start of chunked cross-attention: the paper's (an output of zero), or one that copies: keys
     from the previous neighbour token, key projection = query projection, output projection =
     0.3 x transposed value projection, and one null key to attend to nothing."""
+    pointer: bool = False
+    """Neighbour tokens that a position points at are a part of the output's distribution, beside the softmax over the
+    vocabulary (a pointer sentinel mixture, Merity et al. 2016)."""
     tie_embeddings: bool = True
     """The read-out shares its weights with the input embedding."""
     rope_base: float = 10_000.0

@@ -245,19 +245,19 @@ def _score_windows(
     batch, where = batch.to(device), torch.from_numpy(asked).to(device)
     nats, is_likeliest = [], []
     with context:
-        h_BTD = model.hidden(
+        output = model.output(
             batch.tokens_BT,
             neighbours_BLKR=batch.neighbours_BLKR,
             neighbour_mask_BLKR=batch.neighbour_mask_BLKR,
             segments_BT=batch.segments_BT,
         )
         parts = zip(
-            h_BTD[where].split(_POSITIONS_PER_READ_OUT),
+            output[where].split(_POSITIONS_PER_READ_OUT),
             batch.targets_BT[where].split(_POSITIONS_PER_READ_OUT),
             strict=True,
         )
-        for h, target in parts:
-            logits = model.read_out(h).float()
+        for part, target in parts:
+            logits = model.read_out(part).float()
             nats.append(F.cross_entropy(logits, target, reduction="none"))
             is_likeliest.append(logits.gather(1, target[:, None])[:, 0] >= logits.amax(1))
     return TokenScores(positions[asked], torch.cat(nats).double().cpu().numpy(), torch.cat(is_likeliest).cpu().numpy())

@@ -135,13 +135,13 @@ def answer(
     with arithmetic(precision, device):
         for _ in range(min(_MAX_ANSWER_TOKENS, m)):
             place_T = torch.arange(tokens_BT.shape[1], device=device)
-            h_BTD = model.hidden(
+            output = model.output(
                 tokens_BT,
                 neighbours_BLKR=neighbours,
                 neighbour_mask_BLKR=mask,
                 segments_BT=torch.where(place_T >= padding_B1, 0, -1),
             )
-            likeliest_B1 = model.read_out(h_BTD[:, -1]).float().argmax(-1, keepdim=True)
+            likeliest_B1 = model.read_out(output[:, -1]).float().argmax(-1, keepdim=True)
             tokens_BT = torch.cat([tokens_BT, likeliest_B1], dim=1)
     return [_one_line(row, tokenizer) for row in tokens_BT[:, m:].tolist()]
 

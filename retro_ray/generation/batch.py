@@ -20,6 +20,7 @@ from retro_ray.generation.neighbours import neighbour_tensors
 from retro_ray.generation.sampling import penalise_repetition, sample_token
 from retro_ray.generation.sequence import SequenceState
 from retro_ray.model.cache import DecodeCache
+from retro_ray.model.pointer import DecoderOutput
 from retro_ray.model.retro import RetroModel
 
 _SCORED_TOGETHER = 256
@@ -72,19 +73,18 @@ class DecodingBatch:
         neighbours = neighbour_tensors(retrieved, self._model.config.neighbour_length, self._device)
         cache.give_back(max([len(state.tokens) for state in self.active] + lengths_B.tolist()))
         first = len(self.active)
-        hidden_BTD = self._model.prefill_hidden(
+        outputs = self._model.prefill_outputs(
             tokens_BT.to(self._device),
             lengths_B,
             cache,
             *neighbours,
             slots_B=torch.arange(first, first + len(states)),
         )
-        for state, hidden_TD in zip(states, hidden_BTD, strict=True):
-            self._score_prompt(state, hidden_TD)
-        logits_BV = self._model.read_out(hidden_BTD[torch.arange(len(states)), lengths_B - 1])
+        for state, output in zip(states, outputs, strict=True):
+            self._score_prompt(state, output)
         self.active += states
-        for state, logits_V in zip(states, logits_BV.float().cpu(), strict=True):
-            self._choose(state, logits_V[None])
+        for state, output in zip(states, outputs, strict=True):
+            self._choose(state, self._model.read_out(output[-1:]).float().cpu())
         self._remove_finished()
 
     def step(self) -> list[SequenceState]:
@@ -176,7 +176,7 @@ class DecodingBatch:
         for state in [state for state in self.active if state.finish_reason is not None]:
             self.remove(state)
 
-    def _score_prompt(self, state: SequenceState, hidden_TD: torch.Tensor) -> None:
+    def _score_prompt(self, state: SequenceState, output: DecoderOutput) -> None:
         """The log-probabilities of an echoed prompt's tokens; those at t are read at t - 1."""
         num_top = state.request.logprobs
         if num_top is None:
@@ -185,7 +185,7 @@ class DecodingBatch:
             state.scores.append(TokenScore(None))
         for start in range(max(state.first_shown, 1), state.num_prompt_tokens, _SCORED_TOGETHER):
             end = min(start + _SCORED_TOGETHER, state.num_prompt_tokens)
-            logits_TV = self._model.read_out(hidden_TD[start - 1 : end - 1]).float()
+            logits_TV = self._model.read_out(output[start - 1 : end - 1]).float()
             state.scores += token_scores(logits_TV, state.tokens[start:end], num_top)
 
     def _with_room(self, num_slots: int, max_tokens: int, num_neighbours: int) -> DecodeCache:

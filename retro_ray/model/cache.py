@@ -65,6 +65,11 @@ class DecodeCache:
         self.cca_keys = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
         self.cca_values = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
         self.cca_mask = torch.zeros(batch_size, self.num_cca_rows, device=device, dtype=torch.bool)
+        # Of the pointer, if the model has one.
+        num_pointed_rows = self.num_cca_rows if config.pointer and config.cca_layers else 0
+        self.pointer_keys = zeros(num_pointed_rows, config.hidden_dim)
+        self.pointer_mask = torch.zeros(batch_size, num_pointed_rows, device=device, dtype=torch.bool)
+        self.neighbour_tokens = torch.zeros(batch_size, num_pointed_rows, device=device, dtype=torch.int64)
         self.num_neighbour_rows = torch.zeros(batch_size, dtype=torch.int64)
         """[B], on the CPU: rows of the CCA keys that hold something; 0 without neighbours."""
         self.chunk_hidden = zeros(config.chunk_length, config.hidden_dim)
@@ -111,7 +116,8 @@ class DecodeCache:
         for store in (*self.keys, *self.values):
             store[target, :, :num_tokens] = store[source, :, :num_tokens]
         neighbours = (*self.cca_keys.values(), *self.cca_values.values(), self.cca_mask, self.num_neighbour_rows)
-        for store in (self.lengths, self.chunk_hidden, *neighbours):
+        pointer = self.pointer_keys, self.pointer_mask, self.neighbour_tokens
+        for store in (self.lengths, self.chunk_hidden, *neighbours, *pointer):
             store[target] = store[source]
 
     def resize(self, batch_size: int, max_tokens: int, num_neighbours: int) -> None:
@@ -122,6 +128,10 @@ class DecodeCache:
             for layer, old in store.items():
                 store[layer] = _resized(old, batch_size, old.shape[1], self.num_cca_rows, old.shape[3])
         self.cca_mask = _resized(self.cca_mask, batch_size, self.num_cca_rows)
+        num_pointed_rows = self.num_cca_rows if self.pointer_mask.shape[1] else 0
+        self.pointer_keys = _resized(self.pointer_keys, batch_size, num_pointed_rows, self.pointer_keys.shape[2])
+        self.pointer_mask = _resized(self.pointer_mask, batch_size, num_pointed_rows)
+        self.neighbour_tokens = _resized(self.neighbour_tokens, batch_size, num_pointed_rows)
         self.chunk_hidden = _resized(self.chunk_hidden, batch_size, *self.chunk_hidden.shape[1:])
         self.num_neighbour_rows = _resized(self.num_neighbour_rows, batch_size)
         self.lengths = _resized(self.lengths, batch_size)
@@ -134,6 +144,7 @@ class DecodeCache:
     def clear_neighbours(self, slots: int | Tensor) -> None:
         """Forget the newest chunk's neighbours: CCA contributes zero until others are written."""
         self.cca_mask[slots] = False
+        self.pointer_mask[slots] = False
         self.num_neighbour_rows[slots.cpu() if isinstance(slots, Tensor) else slots] = 0
         for values in self.cca_values.values():
             values[slots] = 0
@@ -162,16 +173,32 @@ class DecodeCache:
             return None
         return open_empty_rows(self.cca_mask[:num_slots, : rows_to_read(num_rows, self.num_cca_rows)])
 
+    def pointed_rows(self, slots_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The first S rows of the pointer in some slots: keys [N, S, D], mask and tokens, each [N, S]."""
+        stores = self.pointer_keys, self.pointer_mask, self.neighbour_tokens
+        keys_NSD, mask_NS, tokens_NS = (store[slots_N, :num_rows] for store in stores)
+        return keys_NSD, mask_NS, tokens_NS
+
     def write_neighbours(
-        self, slots: Tensor, encoded: EncodedNeighbours, keys_values: Mapping[int, KeysValues]
+        self,
+        slots: Tensor,
+        encoded: EncodedNeighbours,
+        keys_values: Mapping[int, KeysValues],
+        pointer_keys: Tensor | None,
     ) -> None:
-        """Store encoded neighbours in cleared slots: by CCA layer, keys and values [len(slots), H, S, E]."""
+        """Store encoded neighbours in cleared slots: by CCA layer, keys and values [len(slots), H, S, E]; and the
+        pointer's keys [len(slots), S, D].
+        """
         num_rows = encoded.states_NSD.shape[1]
         self.cca_mask[slots, :num_rows] = True if encoded.mask_NS is None else encoded.mask_NS
         self.num_neighbour_rows[slots.cpu()] = num_rows
         for number, of_layer in keys_values.items():
             for store, new in zip((self.cca_keys[number], self.cca_values[number]), of_layer, strict=True):
                 store[slots, :, :num_rows] = new.to(store.dtype)
+        if pointer_keys is not None:
+            self.pointer_keys[slots, :num_rows] = pointer_keys.to(self.pointer_keys.dtype)
+            self.pointer_mask[slots, :num_rows] = encoded.token_mask_NS
+            self.neighbour_tokens[slots, :num_rows] = encoded.tokens_NS
 
     def require_room(self, num_tokens: int, num_neighbours: int) -> None:
         """Raises ConfigError if sequences of `num_tokens` or so many neighbours do not fit."""

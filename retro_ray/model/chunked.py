@@ -36,7 +36,7 @@ class ChunkedCrossAttention(CrossAttention):
         looks for its own token then finds what followed it there.
         """
         states_NSD, previous_NSD = encoded.states_NSD, encoded.previous_NSD
-        if previous_NSD is None:
+        if self.config.cca_start == "paper" or previous_NSD is None:
             return self.keys_values(states_NSD, states_NSD, encoded.rotary)
         if not (torch.is_grad_enabled() and isinstance(self.key, nn.Linear)):
             key_input_NSD = self.own_share * states_NSD + self.previous_share * previous_NSD
@@ -53,27 +53,12 @@ class ChunkedCrossAttention(CrossAttention):
         `sees_BT` (bool) says which positions may read the neighbours they would attend to.
         """
         chunk_length = self.config.chunk_length
-        batch_size, num_tokens, dim = h_BTD.shape
-        num_chunks = encoded.num_chunks // batch_size
-        # Identity for the first m - 1 tokens; the last attending chunk may be cut short by the end
-        # of the sequence, or the sequence may go on behind the last chunk with neighbours.
-        start = chunk_length - 1
-        end = min(num_tokens, start + num_chunks * chunk_length)
-        missing = start + num_chunks * chunk_length - end
-        x_BTD = F.pad(self.norm(h_BTD[:, start:end]), (0, 0, 0, missing))
-        x_NMD = x_BTD.reshape(batch_size * num_chunks, chunk_length, dim)
-
+        attending = encoded.attending(*h_BTD.shape[:2], chunk_length)
         positions = torch.arange(chunk_length, 2 * chunk_length, device=h_BTD.device)
         rotary = rotary_at(positions, self.head_dim, self.config.rope_base, h_BTD.dtype)
         mask = None if encoded.mask_NS is None else open_empty_rows(encoded.mask_NS)[:, None, None]
-        numbers_N = encoded.numbers_N
-        x_CMD = x_NMD if numbers_N is None else x_NMD[numbers_N]
-        read_NMD = self.read(x_CMD, rotary, self.encoded_keys_values(encoded), mask)
-        if numbers_N is not None:  # the other chunks read nothing
-            read_NMD = read_NMD.new_zeros(x_NMD.shape).index_copy(0, numbers_N, read_NMD)
-
-        read_BTD = read_NMD.reshape(batch_size, num_chunks * chunk_length, dim)[:, : end - start]
-        read_BTD = F.pad(read_BTD, (0, 0, start, num_tokens - end))
+        x_CMD = self.norm(attending.of_chunks(h_BTD))
+        read_BTD = attending.of_sequences(self.read(x_CMD, rotary, self.encoded_keys_values(encoded), mask))
         if sees_BT is not None:
             read_BTD = read_BTD.masked_fill(~sees_BT[..., None], 0)
         return h_BTD + read_BTD

@@ -17,6 +17,7 @@ from retro_ray.model.cache import DecodeCache, PromptRecorder
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.inputs import sequence_inputs
 from retro_ray.model.new_tokens import place_new_tokens
+from retro_ray.model.pointer import DecoderOutput
 
 if TYPE_CHECKING:
     from retro_ray.model.retro import RetroModel
@@ -30,8 +31,8 @@ def read_prompts(
     neighbours_BLKR: Tensor | None,
     mask_BLKR: Tensor | None,
     slots_B: Tensor | None,
-) -> Tensor:
-    """`RetroModel.prefill_hidden`."""
+) -> list[DecoderOutput]:
+    """`RetroModel.prefill_outputs`."""
     cache.require_room(tokens_BT.shape[1], 0 if neighbours_BLKR is None else neighbours_BLKR.shape[2])
     lengths_B = lengths_B.cpu()
     if not bool(((lengths_B >= 1) & (lengths_B <= tokens_BT.shape[1])).all()):
@@ -40,13 +41,13 @@ def read_prompts(
     cache.reset(slots_B)
     cache.make_room(int(slots_B.max()) + 1, int(lengths_B.max()))
     if tokens_BT.device.type != "cpu":
-        return _read_together(model, tokens_BT, lengths_B, cache, neighbours_BLKR, mask_BLKR, slots_B)
+        output = _read_together(model, tokens_BT, lengths_B, cache, neighbours_BLKR, mask_BLKR, slots_B)
+        return [output[b, :length] for b, length in enumerate(lengths_B.tolist())]
     # A CPU gains nothing from several at once. Alone, a prompt gives the same to the bit whatever comes with it.
-    weight = model.token_embedding.weight
-    hidden_BTD = torch.zeros(*tokens_BT.shape, model.config.hidden_dim, dtype=weight.dtype)
+    outputs = []
     for b, length in enumerate(lengths_B.tolist()):
         here, num_chunks = slice(b, b + 1), length // model.config.chunk_length
-        hidden_BTD[here, :length] = _read_together(
+        output = _read_together(
             model,
             tokens_BT[here, :length],
             lengths_B[here],
@@ -55,7 +56,8 @@ def read_prompts(
             None if mask_BLKR is None else mask_BLKR[here, :num_chunks],
             slots_B[here],
         )
-    return hidden_BTD
+        outputs.append(output[0])
+    return outputs
 
 
 def _read_together(
@@ -66,15 +68,15 @@ def _read_together(
     neighbours_BLKR: Tensor | None,
     mask_BLKR: Tensor | None,
     slots_B: Tensor,
-) -> Tensor:
+) -> DecoderOutput:
     h_BTD = model.embed_tokens(tokens_BT)
     inputs = sequence_inputs(model.config, h_BTD, neighbours_BLKR, mask_BLKR, None)
     recorder = PromptRecorder(cache, slots_B, lengths_B, model.config.chunk_length)
-    h_BTD, encoded = model.run_layers(h_BTD, inputs, recorder)
+    output, encoded = model.run_layers(h_BTD, inputs, recorder)
     if encoded is not None:
         _store(model, cache, *recorder.newest_chunks(encoded))
     cache.lengths[slots_B.cpu()] = lengths_B
-    return model.norm(h_BTD)
+    return output
 
 
 def read_new_tokens(
@@ -113,7 +115,10 @@ def read_new_tokens(
             h_ND = layer.cca.step(h_ND, new, cache.cca_keys[number], cache.cca_values[number], seen_BS)
         h_ND = layer.feed_forward(h_ND)
     cache.lengths[: len(num_new)] += torch.tensor(num_new)
-    return model.read_out(model.norm(h_ND))
+    h_ND, pointed = model.norm(h_ND), None
+    if model.pointer is not None and seen_BS is not None:
+        pointed = model.pointer.step(h_ND, *cache.pointed_rows(new.slots_N, seen_BS.shape[1]))
+    return model.read_out(DecoderOutput(h_ND, pointed))
 
 
 def _require_one_chunk(model: RetroModel, lengths: Sequence[int], num_new: Sequence[int]) -> None:
@@ -143,10 +148,13 @@ def _exchange_neighbours(
     for slots in [[slot] for slot in arrived] if device.type == "cpu" else [arrived] if arrived else []:
         slots_N = torch.tensor(slots, dtype=torch.int64, device=device)
         mask_NKR = None if mask_BKR is None else mask_BKR[slots_N]
-        e_NKRD = model.embed_neighbours(neighbours_BKR[slots_N])
-        _store(model, cache, slots_N, model.encoder(e_NKRD, mask_NKR, cache.chunk_hidden[slots_N]))
+        tokens_NKR = neighbours_BKR[slots_N]
+        e_NKRD = model.embed_neighbours(tokens_NKR)
+        _store(model, cache, slots_N, model.encoder(tokens_NKR, e_NKRD, mask_NKR, cache.chunk_hidden[slots_N]))
 
 
 def _store(model: RetroModel, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours) -> None:
     cca_layers = ((layer.number, layer.cca) for layer in model.layers if layer.cca is not None)
-    cache.write_neighbours(slots, encoded, {n: cca.encoded_keys_values(encoded) for n, cca in cca_layers})
+    keys_values = {number: cca.encoded_keys_values(encoded) for number, cca in cca_layers}
+    pointer_keys = None if model.pointer is None else model.pointer.keys(encoded)
+    cache.write_neighbours(slots, encoded, keys_values, pointer_keys)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_ray.config import ModelConfig
+from retro_ray.model.attending import Attending
 from retro_ray.model.attention import CrossAttention, SelfAttention, open_empty_rows
 from retro_ray.model.layers import FeedForward, Rotary, rotary_at
 from retro_ray.model.rms_norm import RMSNorm
@@ -30,11 +31,16 @@ class EncodedNeighbours:
 
     states_NSD: Tensor
     previous_NSD: Tensor | None
-    """Each row's predecessor in its neighbour, zero for the first; only with `cca_start` "copy"."""
+    """Each row's predecessor in its neighbour, zero for the first; only for what looks at it: `cca_start` "copy" and
+    the pointer."""
     mask_NS: Tensor | None
     """bool, True for rows that may be attended to; None: all of them."""
     rotary: Rotary
     """Rotations of the S rows at positions 1..R of each neighbour."""
+    tokens_NS: Tensor
+    """int64, the neighbours' own; 0 in the row in front."""
+    token_mask_NS: Tensor
+    """bool, True for rows of real tokens, which the row in front is not."""
     numbers_N: Tensor | None = None
     """int64, ascending: which chunks of the batch these N are, if the others have no neighbours; None: all."""
     num_without: int = 0
@@ -53,7 +59,13 @@ class EncodedNeighbours:
             previous_NSD=None if self.previous_NSD is None else self.previous_NSD[rows],
             mask_NS=None if self.mask_NS is None else self.mask_NS[rows],
             rotary=self.rotary,
+            tokens_NS=self.tokens_NS[rows],
+            token_mask_NS=self.token_mask_NS[rows],
         )
+
+    def attending(self, batch_size: int, num_tokens: int, chunk_length: int) -> Attending:
+        """Which positions attend to these, of so many sequences."""
+        return Attending(batch_size, num_tokens, self.num_chunks // batch_size, chunk_length, self.numbers_N)
 
 
 class EncoderLayer(nn.Module):
@@ -87,6 +99,7 @@ class NeighbourEncoder(nn.Module):
 
     def forward(
         self,
+        tokens_NKR: Tensor,
         e_NKRD: Tensor,
         mask_NKR: Tensor | None,
         h_NMD: Tensor,
@@ -95,7 +108,8 @@ class NeighbourEncoder(nn.Module):
         """ENCODER(RET(C_u), H_u) for N chunks.
 
         Args:
-            e_NKRD: embedded neighbour tokens, EMB_enc(RET(C_u)^j).
+            tokens_NKR: int64, neighbour tokens, RET(C_u)^j.
+            e_NKRD: the same embedded, EMB_enc(RET(C_u)^j).
             mask_NKR: bool, True for real tokens; None: all are real.
             h_NMD: H_u, the decoder's activations in the chunk.
             context_mask_NM: bool, True for the positions of H_u to look at; at least one per chunk.
@@ -118,21 +132,32 @@ class NeighbourEncoder(nn.Module):
                 keys_values = attention.keys_values(context_NMD, context_NMD, chunk_rotary)
                 e_JRD = e_JRD + attention.read(x_NSD, query_rotary, keys_values, context_mask).view_as(e_JRD)
             e_JRD = layer.feed_forward(e_JRD)
-        return self._as_encoded(self.norm(e_JRD).view_as(e_NKRD), mask_NKR)
+        return self._as_encoded(tokens_NKR, self.norm(e_JRD).view_as(e_NKRD), mask_NKR)
 
-    def _as_encoded(self, e_NKRD: Tensor, mask_NKR: Tensor | None) -> EncodedNeighbours:
+    def _as_encoded(self, tokens_NKR: Tensor, e_NKRD: Tensor, mask_NKR: Tensor | None) -> EncodedNeighbours:
         _, num_neighbours, length, _ = e_NKRD.shape
         positions = torch.arange(1, length + 1, device=e_NKRD.device).repeat(num_neighbours)
         if mask_NKR is not None:
             e_NKRD = e_NKRD.masked_fill(~mask_NKR[..., None], 0)
         mask_NS = None if mask_NKR is None else mask_NKR.flatten(1)
         states_NSD, previous_NSD = e_NKRD.flatten(1, 2), None
-        if self.config.cca_start == "copy":
+        tokens_NS = tokens_NKR.flatten(1)
+        token_mask_NS = torch.ones_like(tokens_NS, dtype=torch.bool) if mask_NS is None else mask_NS
+        if self.config.cca_start == "copy" or self.config.pointer:
             previous_NSD = F.pad(e_NKRD[:, :, :-1], (0, 0, 1, 0)).flatten(1, 2)
-            states_NSD, previous_NSD = (F.pad(x, (0, 0, 1, 0)) for x in (states_NSD, previous_NSD))
-            positions = F.pad(positions, (1, 0))
+        if self.config.cca_start == "copy":
+            states_NSD = F.pad(states_NSD, (0, 0, 1, 0))
+            previous_NSD = None if previous_NSD is None else F.pad(previous_NSD, (0, 0, 1, 0))
+            positions, tokens_NS, token_mask_NS = (F.pad(x, (1, 0)) for x in (positions, tokens_NS, token_mask_NS))
             mask_NS = None if mask_NS is None else F.pad(mask_NS, (1, 0), value=True)
-        return EncodedNeighbours(states_NSD, previous_NSD, mask_NS, self._rotary(positions, e_NKRD.dtype))
+        return EncodedNeighbours(
+            states_NSD=states_NSD,
+            previous_NSD=previous_NSD,
+            mask_NS=mask_NS,
+            rotary=self._rotary(positions, e_NKRD.dtype),
+            tokens_NS=tokens_NS,
+            token_mask_NS=token_mask_NS,
+        )
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:
         return rotary_at(positions, self.config.head_dim, self.config.rope_base, dtype)

@@ -23,12 +23,13 @@ from retro_ray.model.decoder_layer import DecoderLayer
 from retro_ray.model.decoding import read_new_tokens, read_prompts
 from retro_ray.model.encoder import EncodedNeighbours, NeighbourEncoder
 from retro_ray.model.inputs import SequenceInputs, chunks_with_neighbours, sequence_inputs, split_chunks
+from retro_ray.model.pointer import DecoderOutput, NeighbourPointer
 from retro_ray.model.rms_norm import RMSNorm, normalise
 
 
 def belongs_to_retrieval(weight_name: str) -> bool:
     """Whether a weight of a `RetroModel` has no part in it without neighbours."""
-    return weight_name.startswith(("encoder.", "neighbour_embedding.")) or ".cca." in weight_name
+    return weight_name.startswith(("encoder.", "neighbour_embedding.", "pointer.")) or ".cca." in weight_name
 
 
 class RetroModel(nn.Module):
@@ -58,6 +59,7 @@ class RetroModel(nn.Module):
         self.neighbour_embedding = self._new_embedding(config.encoder_dim) if own_embedding else None
         for number in config.cca_layers:
             self.layers[number - 1].cca = ChunkedCrossAttention(config)
+        self.pointer = NeighbourPointer(config) if config.cca_layers and config.pointer else None
 
     def forward(
         self,
@@ -79,33 +81,33 @@ class RetroModel(nn.Module):
         Raises:
             ConfigError: the neighbours' shape does not fit the tokens or the model.
         """
-        hidden_BTD = self.hidden(
+        output = self.output(
             tokens_BT,
             neighbours_BLKR=neighbours_BLKR,
             neighbour_mask_BLKR=neighbour_mask_BLKR,
             segments_BT=segments_BT,
         )
-        return self.read_out(hidden_BTD)
+        return self.read_out(output)
 
-    def hidden(
+    def output(
         self,
         tokens_BT: Tensor,
         *,
         neighbours_BLKR: Tensor | None = None,
         neighbour_mask_BLKR: Tensor | None = None,
         segments_BT: Tensor | None = None,
-    ) -> Tensor:
-        """Final normalised activations [B, T, D], the input of `read_out`; arguments as `forward`."""
+    ) -> DecoderOutput:
+        """The input of `read_out` for positions [B, T]; arguments as `forward`."""
         h_BTD = self.embed_tokens(tokens_BT)
         inputs = sequence_inputs(self.config, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, segments_BT)
-        h_BTD, _ = self.run_layers(h_BTD, inputs)
-        return self.norm(h_BTD)
+        return self.run_layers(h_BTD, inputs)[0]
 
-    def read_out(self, hidden: Tensor) -> Tensor:
-        """READ: logits [..., V] of `hidden` [..., D]; linear, so that a loss can take it in slices."""
+    def read_out(self, output: DecoderOutput) -> Tensor:
+        """READ: logits [..., V] of an output [...], position by position, so that a loss can take it in slices."""
         packed = self.packed_read_out
-        logits = F.linear(hidden, self.read_out_weight) if packed is None else packed(hidden)
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = F.linear(output.hidden, self.read_out_weight) if packed is None else packed(output.hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits if output.pointed is None else output.pointed.mixed_with(logits)
 
     @property
     def read_out_weight(self) -> Tensor:
@@ -129,8 +131,8 @@ class RetroModel(nn.Module):
 
     def run_layers(
         self, h_BTD: Tensor, inputs: SequenceInputs, recorder: PromptRecorder | None = None
-    ) -> tuple[Tensor, EncodedNeighbours | None]:
-        """H after all layers, and E."""
+    ) -> tuple[DecoderOutput, EncodedNeighbours | None]:
+        """What READ reads after all layers, and E."""
         encoded = None
         for layer in self.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -139,7 +141,11 @@ class RetroModel(nn.Module):
                 )
             else:
                 h_BTD, encoded = self._apply_layer(layer, h_BTD, encoded, inputs, recorder)
-        return h_BTD, encoded
+        h_BTD, pointed = self.norm(h_BTD), None
+        if self.pointer is not None and encoded is not None:
+            attending = encoded.attending(*h_BTD.shape[:2], self.config.chunk_length)
+            pointed = self.pointer(h_BTD, encoded, attending, inputs.sees_BT)
+        return DecoderOutput(h_BTD, pointed), encoded
 
     def _apply_layer(
         self,
@@ -173,7 +179,7 @@ class RetroModel(nn.Module):
         if numbers_N is not None and mask_NKR is not None:
             neighbours_NKR, mask_NKR, h_NMD = neighbours_NKR[numbers_N], mask_NKR[numbers_N], h_NMD[numbers_N]
             context_mask_NM = None if context_mask_NM is None else context_mask_NM[numbers_N]
-        encoded = self.encoder(self.embed_neighbours(neighbours_NKR), mask_NKR, h_NMD, context_mask_NM)
+        encoded = self.encoder(neighbours_NKR, self.embed_neighbours(neighbours_NKR), mask_NKR, h_NMD, context_mask_NM)
         return dataclasses.replace(encoded, numbers_N=numbers_N, num_without=num_chunks - len(h_NMD))
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
@@ -235,15 +241,15 @@ class RetroModel(nn.Module):
     ) -> Tensor:
         """Read prompts into empty or used slots in one pass; logits [B, V] after each one's last token.
 
-        Arguments and errors are those of `prefill_hidden`.
+        Arguments and errors are those of `prefill_outputs`.
         """
-        hidden_BTD = self.prefill_hidden(
+        outputs = self.prefill_outputs(
             tokens_BT, lengths_B, cache, neighbours_BLKR, neighbour_mask_BLKR, slots_B=slots_B
         )
-        return self.read_out(hidden_BTD[torch.arange(len(hidden_BTD)), lengths_B.cpu() - 1])
+        return torch.cat([self.read_out(output[-1:]) for output in outputs])
 
     @torch.no_grad()
-    def prefill_hidden(
+    def prefill_outputs(
         self,
         tokens_BT: Tensor,
         lengths_B: Tensor,
@@ -252,8 +258,8 @@ class RetroModel(nn.Module):
         neighbour_mask_BLKR: Tensor | None = None,
         *,
         slots_B: Tensor | None = None,
-    ) -> Tensor:
-        """Read prompts in one pass; the input [B, T, D] of `read_out` for each of their tokens.
+    ) -> list[DecoderOutput]:
+        """Read prompts in one pass; the input of `read_out` for the tokens [length] of each.
 
         Args:
             tokens_BT: int64, prompts padded on the right.

@@ -46,7 +46,7 @@ def training_flops_per_token(config: ModelConfig, trained: Literal["all", "retri
 
 
 def _retrieval_products(config: ModelConfig) -> tuple[float, float]:
-    """Weights met, and attention products, for the encoder and the chunked cross-attentions, per decoder token."""
+    """Weights met, and attention products, per decoder token: of encoder, chunked cross-attentions and pointer."""
     # Each chunk of m tokens brings K neighbours of 2m tokens.
     per_token = config.num_neighbours * config.neighbour_length / config.chunk_length
     attended, encoder_attended = config.num_heads * config.head_dim, config.encoder_heads * config.head_dim
@@ -63,6 +63,9 @@ def _retrieval_products(config: ModelConfig) -> tuple[float, float]:
     of_neighbours = 3 if config.cca_start == "copy" else 2
     weights += num_cca * attended * (2 * config.hidden_dim + of_neighbours * per_token * config.encoder_dim)
     products += num_cca * 2 * attended * config.num_neighbours * config.neighbour_length
+    if config.pointer:
+        weights += config.hidden_dim * (config.hidden_dim + per_token * config.encoder_dim)
+        products += config.hidden_dim * config.num_neighbours * config.neighbour_length
     return weights, products
 
 

@@ -40,7 +40,7 @@ def join_workers(loss: nn.Module, model: RetroModel, parallel: Parallel, device:
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     blocks = [block for layer in model.layers for block in (layer.self_attention, layer.cca, layer.feed_forward)]
-    for block in [*blocks, model.encoder]:
+    for block in [*blocks, model.encoder, model.pointer]:
         if block is not None:
             fully_shard(block, mesh=mesh)
     fully_shard(loss, mesh=mesh)  # what is left: embeddings, the last norm, the read-out

@@ -26,7 +26,7 @@ class ParameterCounts:
     decoder: int
     """Without what follows."""
     cross_attention: int
-    """The chunked cross-attentions."""
+    """The chunked cross-attentions, and the pointer."""
     encoder: int
     embeddings: int
     """Of tokens and neighbours, and an untied read-out."""
@@ -78,11 +78,12 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     conditioning = len(config.encoder_ca_layers) * (e + 2 * encoder_attended * (e + d))
     encoder = encoder_layers + conditioning + d + e if config.cca_layers else 0
 
+    pointer = d * (d + e) + d + 1 if config.cca_layers and config.pointer else 0
     own_embedding = bool(config.cca_layers) and not config.share_encoder_embedding
     columns = d * (1 if config.tie_embeddings else 2) + e * own_embedding
     return ParameterCounts(
         decoder=config.num_layers * (attention + feed_forward) + d,
-        cross_attention=len(config.cca_layers) * cross_attention,
+        cross_attention=len(config.cca_layers) * cross_attention + pointer,
         encoder=encoder,
         embeddings=config.vocab_size * columns,
         largest_block=max(attention, feed_forward, encoder, cross_attention if config.cca_layers else 0),
@@ -130,7 +131,7 @@ def activation_bytes(config: ModelConfig, gradient_checkpointing: bool) -> int:
     tokens = config.context_length
     decoder_layer, retrieval = _of_decoder_layer(config), _of_encoder(config)
     of_cca = _of_cross_attention(config)
-    ending = _block_input(config.hidden_dim)
+    ending = _block_input(config.hidden_dim) + _of_pointer(config)
     if not gradient_checkpointing:
         everything = config.num_layers * decoder_layer + retrieval + len(config.cca_layers) * of_cca + ending
         return tokens * everything
@@ -168,7 +169,7 @@ def _of_encoder(config: ModelConfig) -> int:
     block = _block_input(config.encoder_dim)
     layer = 2 * block + 4 * attended + _BF16 * 2 * config.encoder_ffn_dim
     num_cross = len(config.encoder_ca_layers)
-    predecessors = _BF16 * config.encoder_dim if config.cca_start == "copy" else 0
+    predecessors = _BF16 * config.encoder_dim if config.cca_start == "copy" or config.pointer else 0
     of_neighbours = config.encoder_layers * layer + num_cross * (block + 2 * attended) + block + predecessors
     of_chunk = _block_input(config.hidden_dim) + num_cross * 2 * attended
     return _neighbour_tokens(config) * of_neighbours + of_chunk
@@ -179,6 +180,13 @@ def _of_cross_attention(config: ModelConfig) -> int:
         return 0
     attended = _BF16 * config.num_heads * config.head_dim
     return _block_input(config.hidden_dim) + 2 * attended + _neighbour_tokens(config) * 2 * attended
+
+
+def _of_pointer(config: ModelConfig) -> int:
+    """Queries, before and after they are scaled, and keys."""
+    if not (config.pointer and config.cca_layers):
+        return 0
+    return _BF16 * config.hidden_dim * (2 + _neighbour_tokens(config))
 
 
 def _block_input(dim: int) -> int:

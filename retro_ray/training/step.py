@@ -55,7 +55,7 @@ class NextTokenLoss(nn.Module):
         neighbour_mask_BLKR: torch.Tensor | None,
     ) -> torch.Tensor:
         """Nats, summed over the targets: fp32 scalar."""
-        h_BTD = self.model.hidden(
+        output = self.model.output(
             tokens_BT,
             neighbours_BLKR=neighbours_BLKR,
             neighbour_mask_BLKR=neighbour_mask_BLKR,
@@ -63,7 +63,7 @@ class NextTokenLoss(nn.Module):
         )
         # Padding is left out before the read-out, the largest single product of a small model.
         asked = targets_BT != NO_TARGET
-        return vocabulary_loss(h_BTD[asked], self.model.read_out_weight, targets_BT[asked])
+        return vocabulary_loss(output[asked], self.model.read_out_weight, targets_BT[asked])
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,9 @@ The logits of a micro-batch are by far its largest tensor (8 x 1,024 positions x
 in fp32, and as much again for their softmax and their gradient). Here they are computed for some
 positions at a time, and turned into the gradients of activations and weights at once, as Hsu et al.
 2024 (Liger Kernel) do: no logit is kept or computed again for the backward pass.
+
+Where neighbour tokens are pointed at, a target's probability is that of a mixture, kept * softmax + given, and the
+softmax's slopes are those of a plain loss times its part in that probability.
 """
 
 from __future__ import annotations
@@ -12,26 +15,37 @@ from typing import Any
 
 import torch
 
+from retro_ray.model.pointer import DecoderOutput
+
 # fp32 logits that exist at once: on a CPU 16 MiB, near what its caches hold; enough for full speed on a GPU.
 _LOGITS_AT_ONCE = {"cpu": 1 << 22}
 _LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
 # Slopes (d nats / d logits) of so many positions, in the products' type, make one product with their activations:
 # each adds to a sum as large as the weights, which few of them should do.
 _SLOPES_AT_ONCE = 1 << 25
+_MOST_NATS = 80.0
+"""Of a target, for the slope of what is given to it, which is one over its probability and must stay finite."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, dtype: torch.dtype
+        ctx: Any,
+        h_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        log_kept_N: torch.Tensor | None,
+        given_N: torch.Tensor | None,
+        dtype: torch.dtype,
     ) -> torch.Tensor:
         weight, vocab_size, device = weight_VD.to(dtype), len(weight_VD), h_ND.device
         gradient_h = torch.empty_like(h_ND)
         gradient_weight = None if ctx.needs_input_grad[1] is False else torch.zeros_like(weight_VD)
-        nats = torch.zeros((), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        nats_N = torch.empty(len(h_ND), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        vocabulary_share_N = None if log_kept_N is None else torch.empty_like(nats_N)
         step = max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE_ELSEWHERE) // vocab_size)
         size = min(len(h_ND), max(step, _SLOPES_AT_ONCE // vocab_size))
-        logits = torch.empty(min(size, step), vocab_size, dtype=nats.dtype, device=device)
+        logits = torch.empty(min(size, step), vocab_size, dtype=nats_N.dtype, device=device)
         slopes = torch.empty(size, vocab_size, dtype=dtype, device=device)
         for start in range(0, len(h_ND), max(1, size)):
             part = slice(start, start + size)
@@ -39,44 +53,55 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope = slopes[: len(h)]
             for first in range(0, len(h), step):
                 some = slice(first, first + step)
-                nats += _nats_and_slopes(h[some] @ weight.T, targets[some], logits, slope[some])
+                nats = _nats_and_slopes(h[some] @ weight.T, targets[some], logits, slope[some])
+                rows = slice(start + first, start + first + len(nats))
+                if log_kept_N is not None and given_N is not None and vocabulary_share_N is not None:
+                    log_by_vocabulary = log_kept_N[rows] - nats
+                    nats = -torch.logaddexp(log_by_vocabulary, given_N[rows].log())
+                    vocabulary_share_N[rows] = (log_by_vocabulary + nats).exp()
+                    slope[some] *= vocabulary_share_N[rows, None]
+                nats_N[rows] = nats
             gradient_h[part] = slope @ weight
             if gradient_weight is not None:
                 gradient_weight += slope.T @ h
-        ctx.save_for_backward(gradient_h, gradient_weight)
-        return nats
+        of_log_kept = None if vocabulary_share_N is None else -vocabulary_share_N
+        of_given = None if given_N is None else -nats_N.clamp(max=_MOST_NATS).exp()
+        ctx.save_for_backward(gradient_h, gradient_weight, of_log_kept, of_given)
+        return nats_N.sum()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (scale,) = gradients
-        gradient_h, gradient_weight = ctx.saved_tensors
-        return gradient_h * scale, None if gradient_weight is None else gradient_weight * scale, None, None
+        of_h, of_weight, of_log_kept, of_given = (None if x is None else x * scale for x in ctx.saved_tensors)
+        return of_h, of_weight, None, of_log_kept, of_given, None
 
 
 def _nats_and_slopes(
     logits_NV: torch.Tensor, targets_N1: torch.Tensor, buffer: torch.Tensor, slopes_NV: torch.Tensor
 ) -> torch.Tensor:
-    """The sum of nats; their slopes, softmax - one-hot, are written to `slopes_NV`. `buffer` is overwritten."""
+    """Nats [N]; their slopes, softmax - one-hot, are written to `slopes_NV`. `buffer` is overwritten."""
     logits = buffer[: len(logits_NV)].copy_(logits_NV)
     of_targets = logits.gather(1, targets_N1)
     highest = logits.amax(dim=-1, keepdim=True)
     shares = logits.sub_(highest).exp_()
     total = shares.sum(dim=-1, keepdim=True)
-    nats = (total.log() + highest - of_targets).sum()
+    nats_N = (total.log() + highest - of_targets)[:, 0]
     shares.div_(total).scatter_add_(1, targets_N1, torch.full_like(of_targets, -1))
     slopes_NV.copy_(shares)
-    return nats
+    return nats_N
 
 
-def vocabulary_loss(h_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Nats of the targets under the logits h weight^T, summed: a scalar, fp32 or wider.
+def vocabulary_loss(output: DecoderOutput, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
+    """Nats of the targets under `RetroModel.read_out` of an output, summed: a scalar, fp32 or wider.
 
     Args:
-        h_ND: activations of N positions.
+        output: of N positions.
         weight_VD: the read-out; where it is not trained, its gradients are not computed.
         targets_N: int64, from 0 to V - 1.
     """
+    h_ND, pointed = output.hidden, output.pointed
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+    log_kept_N, given_N = (None, None) if pointed is None else (pointed.log_kept, pointed.given_to(targets_N))
     with torch.autocast(device, enabled=False):  # the products' types are chosen above
-        return _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, dtype)
+        return _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, log_kept_N, given_N, dtype)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retro_ray.model import DecodeCache, RetroModel
-from tests.unit.model.models import LLAMA_BLOCKS, Batch, random_batch, random_model, small_config
+from tests.unit.model.models import LLAMA_BLOCKS, RETRIEVAL, Batch, random_batch, random_model, small_config
 
 MOST_TOKENS = 18
 BLOCKS = st.sampled_from([{}, LLAMA_BLOCKS])
@@ -39,7 +39,7 @@ def decode_one(
 
 @settings(max_examples=50, deadline=None)
 @given(
-    start=st.sampled_from(["paper", "copy"]),
+    kind=st.sampled_from(sorted(RETRIEVAL)),
     blocks=BLOCKS,
     cca_layers=st.sampled_from([(), (1,), (2, 3), (1, 2, 3), (3,)]),
     lengths=st.lists(st.integers(1, MOST_TOKENS - 1), min_size=1, max_size=4),
@@ -48,7 +48,7 @@ def decode_one(
     data=st.data(),
 )
 def test_prompts_of_any_length_then_single_tokens(
-    start: str,
+    kind: str,
     blocks: dict,
     cca_layers: tuple[int, ...],
     lengths: list[int],
@@ -57,7 +57,7 @@ def test_prompts_of_any_length_then_single_tokens(
     data: st.DataObject,
 ) -> None:
     """Sequences of different lengths, some pausing at times, some chunks without neighbours."""
-    config = small_config(cca_start=start, cca_layers=cca_layers, share_encoder_embedding=True, **blocks)
+    config = small_config(**RETRIEVAL[kind], cca_layers=cca_layers, share_encoder_embedding=True, **blocks)
     model = random_model(config, seed)
     batch_size = len(lengths)
     batch = random_batch(
@@ -90,7 +90,7 @@ def test_prompts_of_any_length_then_single_tokens(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    start=st.sampled_from(["paper", "copy"]),
+    kind=st.sampled_from(sorted(RETRIEVAL)),
     blocks=BLOCKS,
     cca_layers=st.sampled_from([(), (2, 3), (1, 2, 3), (3,)]),
     lengths=st.lists(st.integers(1, MOST_TOKENS - 1), min_size=1, max_size=4),
@@ -98,10 +98,10 @@ def test_prompts_of_any_length_then_single_tokens(
     data=st.data(),
 )
 def test_several_new_tokens_in_one_pass_some_of_them_wrong(
-    start: str, blocks: dict, cca_layers: tuple[int, ...], lengths: list[int], seed: int, data: st.DataObject
+    kind: str, blocks: dict, cca_layers: tuple[int, ...], lengths: list[int], seed: int, data: st.DataObject
 ) -> None:
     """Every slot gets another number of tokens, none at times; those behind the right ones are taken back."""
-    config = small_config(cca_start=start, cca_layers=cca_layers, **blocks)
+    config = small_config(**RETRIEVAL[kind], cca_layers=cca_layers, **blocks)
     model = random_model(config, seed)
     batch_size = len(lengths)
     batch = random_batch(config, batch_size=batch_size, num_tokens=MOST_TOKENS, seed=seed)
@@ -158,7 +158,7 @@ def test_a_slot_taken_over_while_the_others_decode(
     first_lengths: list[int], slot: int, new_length: int, steps: int, seed: int
 ) -> None:
     """Nothing of a slot's last user remains, and the other slots do not notice."""
-    config = small_config(cca_start="copy")
+    config = small_config(**RETRIEVAL["pointer"])
     model = random_model(config, seed)
     batch = random_batch(config, batch_size=4, num_tokens=MOST_TOKENS, seed=seed)
     arrived_BL = torch.ones(4, 4, dtype=torch.bool)

@@ -48,6 +48,7 @@ def model_configs(draw: st.DrawFn) -> ModelConfig:
         rope_magnitude=draw(st.sampled_from([1.0, 1.2])),
         cca_start=draw(st.sampled_from(["paper", "copy"])),
         tie_embeddings=draw(st.booleans()),
+        pointer=draw(st.booleans()),
     )
 
 

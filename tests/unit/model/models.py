@@ -23,6 +23,14 @@ LLAMA_BLOCKS = {
 }
 """All that pretrained decoders of that family have."""
 
+RETRIEVAL = {
+    "paper": {"cca_start": "paper"},
+    "copy": {"cca_start": "copy"},
+    "pointer": {"cca_start": "copy", "pointer": True},
+    "paper and pointer": {"cca_start": "paper", "pointer": True},
+}
+"""Kinds of what reads neighbours."""
+
 
 def small_config(**changes: object) -> ModelConfig:
     """Chunks of 4 tokens, 3 layers with CCA in 2 and 3."""

@@ -48,7 +48,43 @@ def _decoder(config: ModelConfig, weights: Weights, x: Array, retrieved: list, r
             h = _chunked_cross_attention(config, weights, f"{name}.cca", h, encoded, segment)
         h = [_feed_forward(config, weights, f"{name}.feed_forward", token) for token in h]
     read = weights["token_embedding.weight" if config.tie_embeddings else "untied_read_out.weight"]
-    return np.stack([read @ _rms_norm(config, weights["norm.weight"], token) for token in h])
+    h = [_rms_norm(config, weights["norm.weight"], token) for token in h]
+    logits = [read @ token for token in h]
+    if config.pointer and encoded:
+        logits = _with_pointer(config, weights, logits, h, retrieved, encoded, segment)
+    return np.stack(logits)
+
+
+def _with_pointer(
+    config: ModelConfig, weights: Weights, logits: list, h: list, retrieved: list, encoded: list, segment: Array
+) -> list:
+    """The mixture as probabilities: what is pointed at, and the rest as the softmax says. Its logarithms, raised to the
+    scale of the logits, are those of the vocabulary where nothing is pointed at.
+    """
+    m, zero = config.chunk_length, np.zeros(config.encoder_dim)
+    logits = list(logits)
+    for u in range(1, len(encoded) + 1):
+        for t in range(u * m - 1, min(len(h), (u + 1) * m - 1)):
+            if segment[t] != segment[u * m - 1]:
+                continue
+            query = weights["pointer.query.weight"] @ h[t] / math.sqrt(config.hidden_dim)
+            scores = [float((weights["pointer.sentinel.weight"] @ h[t] + weights["pointer.sentinel.bias"])[0])]
+            tokens = []
+            for neighbour, vectors in zip(retrieved[u - 1], encoded[u - 1], strict=True):
+                for i, vector in enumerate(vectors):
+                    if vector is None:
+                        continue
+                    before = vectors[i - 1] if i > 0 and vectors[i - 1] is not None else zero
+                    scores.append(float(query @ (weights["pointer.key.weight"] @ before)))
+                    tokens.append(neighbour[i])
+            shares = np.exp(np.array(scores) - max(scores))
+            shares /= shares.sum()
+            total = np.exp(logits[t]).sum()
+            probabilities = shares[0] * np.exp(logits[t]) / total
+            for token, share in zip(tokens, shares[1:], strict=True):
+                probabilities[token] += share
+            logits[t] = np.log(probabilities * total)
+    return logits
 
 
 def _encoder(config: ModelConfig, weights: Weights, retrieved: list, real: list, h: list, segment: Array) -> list:

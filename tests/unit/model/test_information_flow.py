@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from retro_ray.model import RetroModel, attention
-from tests.unit.model.models import Batch, random_batch, random_model, small_config
+from tests.unit.model.models import RETRIEVAL, Batch, random_batch, random_model, small_config
 
 M = 4
 NUM_TOKENS = 18
-STARTS = pytest.mark.parametrize("start", ["paper", "copy"])
+KINDS = pytest.mark.parametrize("kind", RETRIEVAL)
 
 
 @pytest.fixture(params=["plain", "fused"])
@@ -45,9 +45,9 @@ def flow(model: RetroModel, batch: Batch, segments_BT: Tensor | None = None) -> 
     return torch.stack(to_tokens).unflatten(0, shape), torch.stack(to_neighbours).unflatten(0, shape)
 
 
-@STARTS
-def test_every_logit_depends_on_exactly_what_it_may(start: str) -> None:
-    config = small_config(cca_start=start)
+@KINDS
+def test_every_logit_depends_on_exactly_what_it_may(kind: str) -> None:
+    config = small_config(**RETRIEVAL[kind])
     model = random_model(config)
     batch = random_batch(config, num_tokens=NUM_TOKENS)
     to_tokens, to_neighbours = flow(model, batch)
@@ -81,7 +81,7 @@ def test_without_later_self_attention_neighbours_reach_exactly_one_chunk() -> No
 
 def test_packed_documents_do_not_see_each_other() -> None:
     """Documents of 6, 4 and 5 tokens, one of which ends inside a chunk, then padding."""
-    config = small_config(cca_start="copy")
+    config = small_config(**RETRIEVAL["pointer"])
     segments_BT = torch.tensor([[3] * 6 + [5] * 4 + [3] * 5 + [-1] * 3])
     batch = random_batch(config, batch_size=1, num_tokens=NUM_TOKENS, masked_share=0)
     # The first and the third document have the same number, so they are one: give the third its own.
@@ -99,7 +99,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
 
 def test_packed_documents_read_as_if_alone() -> None:
     """Chunk-aligned documents, padded to whole chunks, in one sequence or each in its own."""
-    config = small_config(cca_start="copy")
+    config = small_config(**RETRIEVAL["pointer"])
     model = random_model(config)
     batch = random_batch(config, batch_size=1, num_tokens=16)
     segments_BT = torch.tensor([[1] * 7 + [-1] + [2] * 8])
@@ -123,10 +123,10 @@ def test_all_padding_is_finite() -> None:
 
 
 @pytest.mark.usefixtures("_kernel")
-@STARTS
+@KINDS
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_no_neighbours_none_left_and_all_masked_are_bitwise_alike(start: str, dtype: torch.dtype) -> None:
-    config = small_config(cca_start=start)
+def test_no_neighbours_none_left_and_all_masked_are_bitwise_alike(kind: str, dtype: torch.dtype) -> None:
+    config = small_config(**RETRIEVAL[kind])
     model = random_model(config, dtype=dtype)
     batch = random_batch(config)
     off = model(batch.tokens_BT)
@@ -142,10 +142,10 @@ def test_no_neighbours_none_left_and_all_masked_are_bitwise_alike(start: str, dt
     assert not torch.equal(model(batch.tokens_BT, **batch.retrieval), off)
 
 
-@STARTS
-def test_one_chunk_without_neighbours_is_as_if_it_had_none(start: str) -> None:
+@KINDS
+def test_one_chunk_without_neighbours_is_as_if_it_had_none(kind: str) -> None:
     """Chunk 2 masked: its positions get what they get from the other chunks alone."""
-    config = small_config(cca_start=start)
+    config = small_config(**RETRIEVAL[kind])
     model = random_model(config)
     batch = random_batch(config)
     mask_BLKR = batch.mask_BLKR.clone()
@@ -156,9 +156,9 @@ def test_one_chunk_without_neighbours_is_as_if_it_had_none(start: str) -> None:
 
 
 @pytest.mark.usefixtures("_kernel")
-@STARTS
-def test_masked_neighbours_give_finite_zero_gradients(start: str) -> None:
-    config = small_config(cca_start=start, share_encoder_embedding=False)
+@KINDS
+def test_masked_neighbours_give_finite_zero_gradients(kind: str) -> None:
+    config = small_config(**RETRIEVAL[kind], share_encoder_embedding=False)
     model = random_model(config)
     batch = random_batch(config)
     model(
@@ -170,13 +170,13 @@ def test_masked_neighbours_give_finite_zero_gradients(start: str) -> None:
         if weight.grad is None:
             continue
         assert weight.grad.isfinite().all(), name
-        if name.startswith(("encoder.", "neighbour_embedding")) or ".cca." in name:
+        if name.startswith(("encoder.", "neighbour_embedding", "pointer.")) or ".cca." in name:
             assert not weight.grad.any(), name
 
 
-@STARTS
-def test_order_of_neighbours_does_not_matter(start: str) -> None:
-    config = small_config(cca_start=start)
+@KINDS
+def test_order_of_neighbours_does_not_matter(kind: str) -> None:
+    config = small_config(**RETRIEVAL[kind])
     model = random_model(config)
     batch = random_batch(config, num_neighbours=4)
     order = torch.tensor([2, 0, 3, 1])
@@ -191,7 +191,7 @@ def test_order_of_neighbours_does_not_matter(start: str) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 7, 8, 11, 15])
 def test_a_prefix_has_the_same_logits(num_tokens: int) -> None:
     """So a last chunk that is not complete reads as the start of a complete one."""
-    config = small_config(cca_start="copy")
+    config = small_config(**RETRIEVAL["pointer"])
     model = random_model(config)
     batch = random_batch(config, num_tokens=16)
     whole = model(batch.tokens_BT, **batch.retrieval)
@@ -204,10 +204,10 @@ def test_a_prefix_has_the_same_logits(num_tokens: int) -> None:
     torch.testing.assert_close(prefix, whole[:, :num_tokens])
 
 
-@STARTS
-def test_gradients_are_those_of_finite_differences(start: str) -> None:
+@KINDS
+def test_gradients_are_those_of_finite_differences(kind: str) -> None:
     """Of every weight, through every path: self-attention, conditioned encoder, CCA, read-out."""
-    config = small_config(cca_start=start)
+    config = small_config(**RETRIEVAL[kind])
     model = random_model(config)
     batch = random_batch(config)
 

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 
 from retro_ray.errors import ConfigError
 from retro_ray.model import RetroModel, retro
-from tests.unit.model.models import VOCAB_SIZE, random_batch, random_model, small_config
+from tests.unit.model.models import RETRIEVAL, VOCAB_SIZE, random_batch, random_model, small_config
 
-STARTS = pytest.mark.parametrize("start", ["paper", "copy"])
+KINDS = pytest.mark.parametrize("kind", RETRIEVAL)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -22,15 +22,18 @@ def test_logits_are_float32(dtype: torch.dtype) -> None:
     assert logits.shape == (2, 18, VOCAB_SIZE)
 
 
+@pytest.mark.parametrize("pointer", [True, False])
 @pytest.mark.parametrize("tie", [True, False])
-def test_hidden_then_read_out_in_slices_is_forward(tie: bool) -> None:
-    config = small_config(tie_embeddings=tie)
+def test_output_then_read_out_in_slices_is_forward(tie: bool, pointer: bool) -> None:
+    config = small_config(tie_embeddings=tie, pointer=pointer)
     model = random_model(config)
     batch = random_batch(config)
-    hidden = model.hidden(batch.tokens_BT, **batch.retrieval)
+    output = model.output(batch.tokens_BT, **batch.retrieval)
     logits = model(batch.tokens_BT, **batch.retrieval)
-    torch.testing.assert_close(torch.cat([model.read_out(h) for h in hidden.split(5, dim=1)], dim=1), logits)
-    torch.testing.assert_close(hidden @ model.read_out_weight[:7].T, logits[..., :7])
+    parts = output[torch.ones(batch.tokens_BT.shape, dtype=torch.bool)].split(5)
+    torch.testing.assert_close(torch.cat([model.read_out(part) for part in parts]), logits.flatten(0, 1))
+    if not pointer:
+        torch.testing.assert_close(output.hidden @ model.read_out_weight[:7].T, logits[..., :7])
 
 
 @pytest.mark.parametrize(
@@ -80,12 +83,12 @@ def test_count_of_parameters() -> None:
     assert untied.count_parameters(include_embeddings=True) == inside + 3 * VOCAB_SIZE * 16
 
 
-@STARTS
-def test_the_seed_decides_the_start(start: str) -> None:
+@KINDS
+def test_the_seed_decides_the_start(kind: str) -> None:
     models = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        models.append(RetroModel(small_config(cca_start=start)).state_dict())
+        models.append(RetroModel(small_config(**RETRIEVAL[kind])).state_dict())
     same = [all(torch.equal(models[0][name], other[name]) for name in models[0]) for other in models[1:]]
     assert same == [True, False]
 
@@ -158,11 +161,11 @@ def test_normalised_embeddings_do_not_depend_on_their_scale() -> None:
     torch.testing.assert_close(model(batch.tokens_BT, **batch.retrieval), before)
 
 
-@STARTS
+@KINDS
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_bfloat16_forward_and_backward_are_finite_and_close(start: str, autocast: bool, packed: bool) -> None:
-    config = small_config(cca_start=start, normalize_embeddings=True)
+def test_bfloat16_forward_and_backward_are_finite_and_close(kind: str, autocast: bool, packed: bool) -> None:
+    config = small_config(**RETRIEVAL[kind], normalize_embeddings=True)
     torch.manual_seed(0)
     model = RetroModel(config)
     batch = random_batch(config)
@@ -181,9 +184,9 @@ def test_bfloat16_forward_and_backward_are_finite_and_close(start: str, autocast
         assert weight.grad.isfinite().all(), name
 
 
-@STARTS
-def test_gradient_checkpointing_gives_the_same_gradients(start: str) -> None:
-    config = small_config(cca_start=start, share_encoder_embedding=True)
+@KINDS
+def test_gradient_checkpointing_gives_the_same_gradients(kind: str) -> None:
+    config = small_config(**RETRIEVAL[kind], share_encoder_embedding=True)
     model = random_model(config)
     batch = random_batch(config)
     gradients = []
@@ -214,12 +217,12 @@ def test_gradient_checkpointing_keeps_fewer_activations() -> None:
     assert kept[1] < kept[0] / 4
 
 
-@STARTS
+@KINDS
 @pytest.mark.parametrize("with_neighbours", [[], [2], [0, 1, 5, 7]])
 def test_chunks_without_neighbours_are_left_out_without_a_trace(
-    start: str, with_neighbours: list[int], monkeypatch: pytest.MonkeyPatch
+    kind: str, with_neighbours: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = small_config(cca_start=start)
+    config = small_config(**RETRIEVAL[kind])
     model, batch = random_model(config), random_batch(config)
     has_some = torch.zeros(batch.mask_BLKR.shape[:2].numel(), dtype=torch.bool)
     has_some[with_neighbours] = True

@@ -10,7 +10,13 @@ from retro_ray.training.flops import peak_flops, training_flops_per_token
 
 
 @pytest.mark.parametrize(
-    ("cca_layers", "changes"), [((2, 4), {}), ((), {}), ((2, 4), {"num_kv_heads": 1, "feed_forward": "swiglu"})]
+    ("cca_layers", "changes"),
+    [
+        ((2, 4), {}),
+        ((), {}),
+        ((2, 4), {"num_kv_heads": 1, "feed_forward": "swiglu"}),
+        ((2, 4), {"pointer": True}),
+    ],
 )
 def test_the_count_is_torchs(cca_layers, changes):
     config = get_recipe("tiny")(500, 16).model

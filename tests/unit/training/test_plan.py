@@ -95,6 +95,7 @@ WIDE = {"hidden_dim": 96, "head_dim": 24, "num_heads": 4, "ffn_dim": 384, "encod
     [
         {},
         {"cca_start": "copy", "encoder_dim": 96},
+        {"cca_start": "copy", "encoder_dim": 96, "pointer": True},
         {"cca_layers": ()},
         {"num_kv_heads": 1, "feed_forward": "swiglu"},
         {"encoder_layers": 3, "encoder_ca_layers": (1, 3)},
@@ -122,7 +123,7 @@ def test_activations_are_what_autograd_keeps(changes: dict, gradient_checkpointi
     neighbours = torch.zeros(29, 4, 2, 8, dtype=torch.int64)
     model.gradient_checkpointing = gradient_checkpointing
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
-        model.hidden(tokens_BT, neighbours_BLKR=neighbours, neighbour_mask_BLKR=neighbours == 0)
+        model.output(tokens_BT, neighbours_BLKR=neighbours, neighbour_mask_BLKR=neighbours == 0)
     planned = 29 * activation_bytes(config, gradient_checkpointing)
     if gradient_checkpointing:
         one_layer = activation_bytes(dataclasses.replace(config, num_layers=3), False) / 3

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from retro_ray.model.pointer import DecoderOutput, Pointed
 from retro_ray.training import vocabulary_loss as module
 from retro_ray.training.vocabulary_loss import vocabulary_loss
 
@@ -30,7 +31,7 @@ def reference(h, weight, targets):
 
 def test_loss_and_gradients_are_those_of_cross_entropy():
     h, weight, targets = inputs()
-    ours, theirs = vocabulary_loss(h, weight, targets), reference(h, weight, targets)
+    ours, theirs = vocabulary_loss(DecoderOutput(h), weight, targets), reference(h, weight, targets)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(
         torch.autograd.grad(3 * ours, (h, weight)), torch.autograd.grad(3 * theirs, (h, weight)), strict=True
@@ -38,18 +39,41 @@ def test_loss_and_gradients_are_those_of_cross_entropy():
         torch.testing.assert_close(a, b)
 
 
+def test_with_a_pointer_it_is_the_cross_entropy_of_the_mixture():
+    """Tokens of which some are pointed at twice, some positions that point at nothing."""
+    h, weight, targets = inputs()
+    tokens_CS, chunks = torch.randint(0, V, (3, 40)), torch.randint(0, 3, (N,))
+    scores = torch.randn(N, 41, dtype=torch.float64, requires_grad=True)
+    nothing = torch.arange(N) % 5 == 0
+
+    def output() -> DecoderOutput:
+        log_shares = scores.masked_fill(nothing[:, None] & (torch.arange(41) > 0), -1e300).log_softmax(-1)
+        return DecoderOutput(h, Pointed(log_shares[:, 1:].exp(), log_shares[:, 0], chunks, tokens_CS))
+
+    ours = vocabulary_loss(output(), weight, targets)
+    pointed = output().pointed
+    theirs = F.cross_entropy(pointed.mixed_with(h @ weight.T), targets, reduction="sum")
+    torch.testing.assert_close(ours, theirs)
+    given = [pointed.shares[n][tokens_CS[chunks[n]] == targets[n]].sum() for n in range(N)]
+    probability = pointed.log_kept.exp() * (h @ weight.T).softmax(-1)[torch.arange(N), targets] + torch.stack(given)
+    torch.testing.assert_close(ours, -probability.log().sum())
+    inside = (h, weight, scores)
+    for a, b in zip(torch.autograd.grad(2 * ours, inside), torch.autograd.grad(2 * theirs, inside), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_frozen_read_out_changes_nothing_else():
     h, weight, targets = inputs()
-    [expected] = torch.autograd.grad(vocabulary_loss(h, weight, targets), h)
+    [expected] = torch.autograd.grad(vocabulary_loss(DecoderOutput(h), weight, targets), h)
     weight.requires_grad_(False)
-    vocabulary_loss(h, weight, targets).backward()
+    vocabulary_loss(DecoderOutput(h), weight, targets).backward()
     assert weight.grad is None
     assert torch.equal(h.grad, expected)
 
 
 def test_large_logits_do_not_overflow():
     h, weight, targets = inputs(torch.float32, scale=1e4)
-    ours = vocabulary_loss(h, weight, targets)
+    ours = vocabulary_loss(DecoderOutput(h), weight, targets)
     assert ours.isfinite()
     torch.testing.assert_close(ours, reference(h, weight, targets), rtol=1e-5, atol=1e-2)
 
@@ -57,7 +81,7 @@ def test_large_logits_do_not_overflow():
 def test_under_autocast_the_products_are_bf16_and_the_sums_fp32():
     h, weight, targets = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = vocabulary_loss(h, weight, targets)
+        ours = vocabulary_loss(DecoderOutput(h), weight, targets)
         theirs = reference(h, weight, targets)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
@@ -69,7 +93,7 @@ def test_under_autocast_the_products_are_bf16_and_the_sums_fp32():
 
 def test_no_positions_have_no_loss():
     h, weight, targets = inputs()
-    ours = vocabulary_loss(h[:0], weight, targets[:0])
+    ours = vocabulary_loss(DecoderOutput(h[:0]), weight, targets[:0])
     ours.backward()
     assert ours.item() == 0
     assert not weight.grad.any()

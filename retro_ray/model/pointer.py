@@ -1,0 +1,130 @@
+"""The pointer: what neighbours say next as a part of the output's distribution.
+
+A pointer sentinel mixture (Merity et al. 2016) over the neighbours' tokens: a position's attention to them is
+probability given to these tokens, and what it gives to a sentinel remains for the softmax over the vocabulary. A
+position without neighbours gives all to the sentinel, and has the logits of a model without a pointer, to the bit.
+
+Shapes: B sequences, T tokens, C chunks with neighbours, M chunk length, S rows of encoded neighbours, D width, V
+vocabulary; [...] any positions.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import EllipsisType
+
+import torch
+from torch import Tensor, nn
+
+from retro_ray.config import ModelConfig
+from retro_ray.model.attending import Attending
+from retro_ray.model.encoder import EncodedNeighbours
+from retro_ray.model.layers import start_normal
+
+_SENTINEL_START = 8.0
+"""Logit of the sentinel at the start: well above what a few hundred tokens that do not fit come to together, below what
+one gets that fits."""
+
+Where = Tensor | slice | int | tuple[Tensor | slice | int | EllipsisType, ...]
+
+
+@dataclass(frozen=True)
+class Pointed:
+    """Shares of probability that positions [...] give to neighbour tokens."""
+
+    shares: Tensor
+    """[..., S], float32 or wider."""
+    log_kept: Tensor
+    """[...]: the logarithm of what remains for the vocabulary."""
+    chunks: Tensor
+    """int64 [...]: whose neighbours they are."""
+    tokens_CS: Tensor
+    """int64: the neighbours' tokens, chunk by chunk."""
+
+    def __getitem__(self, where: Where) -> Pointed:
+        return Pointed(self.shares[where], self.log_kept[where], self.chunks[where], self.tokens_CS)
+
+    def given_to(self, tokens: Tensor) -> Tensor:
+        """What is given to one token [...] of each position, [...]."""
+        return (self.shares * (self.tokens_CS[self.chunks] == tokens[..., None])).sum(-1)
+
+    def mixed_with(self, logits: Tensor) -> Tensor:
+        """Logits [..., V] of the mixture with those of the vocabulary, which they are to the bit where nothing is
+        pointed at.
+        """
+        mass = torch.zeros_like(logits).scatter_add(-1, self.tokens_CS[self.chunks], self.shares.to(logits.dtype))
+        kept = logits + self.log_kept[..., None].to(logits.dtype)
+        # The logarithm of nothing would spoil the gradients, although it is not chosen.
+        log_mass = mass.clamp_min(torch.finfo(mass.dtype).tiny).log() + logits.logsumexp(-1, keepdim=True)
+        return torch.where(mass > 0, torch.logaddexp(kept, log_mass), kept)
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """What READ makes logits of, for positions [...]."""
+
+    hidden: Tensor
+    """Final normalised activations [..., D]."""
+    pointed: Pointed | None = None
+
+    def __getitem__(self, where: Where) -> DecoderOutput:
+        return DecoderOutput(self.hidden[where], None if self.pointed is None else self.pointed[where])
+
+    def split(self, size: int) -> Iterator[DecoderOutput]:
+        """Parts of so many rows of the first dimension."""
+        return (self[start : start + size] for start in range(0, len(self.hidden), size))
+
+
+class NeighbourPointer(nn.Module):
+    """How much each position gives to the tokens of its neighbours.
+
+    A neighbour's token is found by what stands before it: its key comes from the encoding of its predecessor. The query
+    starts as the key does, so that at first a position looks for what is like itself.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.query = nn.Linear(config.hidden_dim, config.hidden_dim, bias=False)
+        self.key = nn.Linear(config.encoder_dim, config.hidden_dim, bias=False)
+        self.sentinel = nn.Linear(config.hidden_dim, 1)
+        start_normal(self.query)
+        start_normal(self.key)
+        if config.encoder_dim == config.hidden_dim:
+            with torch.no_grad():
+                self.key.weight.copy_(self.query.weight)
+        nn.init.zeros_(self.sentinel.weight)
+        nn.init.constant_(self.sentinel.bias, float(os.environ.get("PTR_BIAS", _SENTINEL_START)))
+
+    def keys(self, encoded: EncodedNeighbours) -> Tensor:
+        """[C, S, D]."""
+        assert encoded.previous_NSD is not None
+        if os.environ.get("PTR_OWN"):
+            return self.key(encoded.previous_NSD + encoded.states_NSD)
+        return self.key(encoded.previous_NSD)
+
+    def forward(
+        self, h_BTD: Tensor, encoded: EncodedNeighbours, attending: Attending, sees_BT: Tensor | None
+    ) -> Pointed:
+        """For whole sequences; `sees_BT` (bool) says which positions may see what they would attend to."""
+        scores_CMX = self._log_shares(attending.of_chunks(h_BTD), self.keys(encoded), encoded.token_mask_NS)
+        shares_BTS = attending.of_sequences(scores_CMX[..., 1:].exp())
+        log_kept_BT = attending.of_sequences(scores_CMX[..., :1])[..., 0]
+        if sees_BT is not None:
+            shares_BTS = shares_BTS.masked_fill(~sees_BT[..., None], 0)
+            log_kept_BT = log_kept_BT.masked_fill(~sees_BT, 0)
+        return Pointed(shares_BTS, log_kept_BT, attending.chunk_numbers(h_BTD.device), encoded.tokens_NS)
+
+    def step(self, h_ND: Tensor, keys_NSD: Tensor, mask_NS: Tensor, tokens_NS: Tensor) -> Pointed:
+        """For new tokens, each with its own keys; a token without neighbours has an all-False mask."""
+        scores_NX = self._log_shares(h_ND[:, None], keys_NSD, mask_NS)[:, 0]
+        numbers_N = torch.arange(len(h_ND), device=h_ND.device)
+        return Pointed(scores_NX[:, 1:].exp(), scores_NX[:, 0], numbers_N, tokens_NS)
+
+    def _log_shares(self, h_CMD: Tensor, keys_CSD: Tensor, mask_CS: Tensor) -> Tensor:
+        """Logarithms of the shares of the sentinel and of each token, [C, M, 1 + S], float32 or wider."""
+        scores_CMS = (self.query(h_CMD) * h_CMD.shape[-1] ** -0.5) @ keys_CSD.transpose(-1, -2)
+        scores_CMS = scores_CMS.to(torch.promote_types(scores_CMS.dtype, torch.float32))
+        scores_CMS = scores_CMS.masked_fill(~mask_CS[:, None], torch.finfo(scores_CMS.dtype).min)
+        return torch.cat([self.sentinel(h_CMD).to(scores_CMS.dtype), scores_CMS], -1).log_softmax(-1)
