@@ -26,11 +26,11 @@ class Plan:
         return self._run(f"baseline-{seed}", seed, self.num_steps, {"cca_layers": ()})
 
     def paper(self, seed: int) -> TrainingRun:
-        """RETRO with the paper's start of chunked cross-attention."""
-        return self._run(f"paper-{seed}", seed, self.num_steps, {"cca_start": "paper"})
+        """RETRO as in the paper: its start of chunked cross-attention, and no pointer."""
+        return self._run(f"paper-{seed}", seed, self.num_steps, {"cca_start": "paper", "pointer": False})
 
     def default(self, seed: int) -> TrainingRun:
-        """RETRO with the recipe's start."""
+        """RETRO as the recipe has it."""
         return self._run(f"default-{seed}", seed, self.num_steps)
 
     def longer(self, seed: int) -> TrainingRun:
@@ -40,7 +40,7 @@ class Plan:
     def fitted(self, seed: int) -> TrainingRun:
         """Encoder and chunked cross-attention added to that one, and alone trained."""
         name, steps = f"fitted-{seed}", round(self.fitting_share * self.num_steps)
-        return self._run(name, seed, steps, {"cca_start": "copy"}, base=self.longer(seed).run)
+        return self._run(name, seed, steps, base=self.longer(seed).run)
 
     def equal_time(self, seed: int, cost: float) -> TrainingRun:
         """The baseline, trained for as long as RETRO."""

@@ -18,7 +18,7 @@ from retro_ray.config import default_home
 from retro_ray.errors import ConfigError
 
 # Flags that replace a recipe's settings, and the fields they stand for.
-_MODEL_FIELDS = ("num_chunks", "num_neighbours", "cca_start")
+_MODEL_FIELDS = ("num_chunks", "num_neighbours", "cca_start", "pointer")
 _TRAINING_FIELDS = (
     "batch_size",
     "micro_batch_size",
@@ -81,6 +81,8 @@ class TrainFlags:
     """Neighbours per chunk (k), at most what the database stores."""
     cca_start: Literal["paper", "copy"] | None = None
     """Start of chunked cross-attention: the paper's, or one that copies."""
+    pointer: bool | None = None
+    """Neighbour tokens that a position points at are a part of what comes next, beside the softmax over the vocabulary."""
     retrieval_dropout: float | None = None
     """Share of sequences that see no neighbours."""
     final_retrieval_dropout: float | None = None

@@ -271,6 +271,9 @@ class TrainingConfig:
     """Share of training sequences that see no neighbours, so that RETRO[OFF] stays good."""
     final_retrieval_dropout: float | None = None
     """The share at the last step, up to which it changes evenly. Default: it stays."""
+    plain_loss_share: float = 0.5
+    """With a pointer: the share of what is minimised that is the loss of the softmax over the vocabulary alone, which
+    otherwise would not learn what can be copied."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Each worker has the whole model (DDP), or with gradients and the optimiser's state a part of it
     (FSDP), for models that one worker cannot hold. A run may change it when it is resumed."""
@@ -295,6 +298,7 @@ class TrainingConfig:
             _require(value >= 1, name, value, "at least 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         _require(0 <= self.retrieval_dropout <= 1, "retrieval_dropout", self.retrieval_dropout, "from 0 to 1")
+        _require(0 <= self.plain_loss_share <= 1, "plain_loss_share", self.plain_loss_share, "from 0 to 1")
         final = self.final_retrieval_dropout
         _require(final is None or 0 <= final <= 1, "final_retrieval_dropout", final, "from 0 to 1")
 

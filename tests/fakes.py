@@ -126,6 +126,7 @@ def tiny_run_config(database: Database, **training: Any) -> RunConfig:
         encoder_ca_layers=(1,),
         share_encoder_embedding=True,
         cca_start="copy",
+        pointer=True,
     )
     settings = {
         "num_steps": 12,

@@ -53,7 +53,7 @@ class ChunkedCrossAttention(CrossAttention):
         `sees_BT` (bool) says which positions may read the neighbours they would attend to.
         """
         chunk_length = self.config.chunk_length
-        attending = encoded.attending(*h_BTD.shape[:2], chunk_length)
+        attending = encoded.attending(h_BTD, chunk_length)
         positions = torch.arange(chunk_length, 2 * chunk_length, device=h_BTD.device)
         rotary = rotary_at(positions, self.head_dim, self.config.rope_base, h_BTD.dtype)
         mask = None if encoded.mask_NS is None else open_empty_rows(encoded.mask_NS)[:, None, None]

@@ -63,8 +63,9 @@ class EncodedNeighbours:
             token_mask_NS=self.token_mask_NS[rows],
         )
 
-    def attending(self, batch_size: int, num_tokens: int, chunk_length: int) -> Attending:
-        """Which positions attend to these, of so many sequences."""
+    def attending(self, h_BTD: Tensor, chunk_length: int) -> Attending:
+        """Which positions of the sequences that `h` is of attend to these."""
+        batch_size, num_tokens = h_BTD.shape[:2]
         return Attending(batch_size, num_tokens, self.num_chunks // batch_size, chunk_length, self.numbers_N)
 
 

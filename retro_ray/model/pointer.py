@@ -57,7 +57,7 @@ class Pointed:
         mass = torch.zeros_like(logits).scatter_add(-1, self.tokens_CS[self.chunks], self.shares.to(logits.dtype))
         kept = logits + self.log_kept[..., None].to(logits.dtype)
         # The logarithm of nothing would spoil the gradients, although it is not chosen.
-        log_mass = mass.clamp_min(torch.finfo(mass.dtype).tiny).log() + logits.logsumexp(-1, keepdim=True)
+        log_mass = mass.clamp_min(torch.finfo(mass.dtype).tiny).log() + _log_sum(logits, logits.log_softmax(-1))
         return torch.where(mass > 0, torch.logaddexp(kept, log_mass), kept)
 
 
@@ -108,9 +108,9 @@ class NeighbourPointer(nn.Module):
         self, h_BTD: Tensor, encoded: EncodedNeighbours, attending: Attending, sees_BT: Tensor | None
     ) -> Pointed:
         """For whole sequences; `sees_BT` (bool) says which positions may see what they would attend to."""
-        scores_CMX = self._log_shares(attending.of_chunks(h_BTD), self.keys(encoded), encoded.token_mask_NS)
-        shares_BTS = attending.of_sequences(scores_CMX[..., 1:].exp())
-        log_kept_BT = attending.of_sequences(scores_CMX[..., :1])[..., 0]
+        log_kept_CM, shares_CMS = self._shares(attending.of_chunks(h_BTD), self.keys(encoded), encoded.token_mask_NS)
+        log_kept_BT = attending.of_sequences(log_kept_CM[..., None])[..., 0]
+        shares_BTS = attending.of_sequences(shares_CMS)
         if sees_BT is not None:
             shares_BTS = shares_BTS.masked_fill(~sees_BT[..., None], 0)
             log_kept_BT = log_kept_BT.masked_fill(~sees_BT, 0)
@@ -118,13 +118,25 @@ class NeighbourPointer(nn.Module):
 
     def step(self, h_ND: Tensor, keys_NSD: Tensor, mask_NS: Tensor, tokens_NS: Tensor) -> Pointed:
         """For new tokens, each with its own keys; a token without neighbours has an all-False mask."""
-        scores_NX = self._log_shares(h_ND[:, None], keys_NSD, mask_NS)[:, 0]
+        log_kept_N1, shares_N1S = self._shares(h_ND[:, None], keys_NSD, mask_NS)
         numbers_N = torch.arange(len(h_ND), device=h_ND.device)
-        return Pointed(scores_NX[:, 1:].exp(), scores_NX[:, 0], numbers_N, tokens_NS)
+        return Pointed(shares_N1S[:, 0], log_kept_N1[:, 0], numbers_N, tokens_NS)
 
-    def _log_shares(self, h_CMD: Tensor, keys_CSD: Tensor, mask_CS: Tensor) -> Tensor:
-        """Logarithms of the shares of the sentinel and of each token, [C, M, 1 + S], float32 or wider."""
+    def _shares(self, h_CMD: Tensor, keys_CSD: Tensor, mask_CS: Tensor) -> tuple[Tensor, Tensor]:
+        """The logarithm of the sentinel's share [C, M], and the tokens' shares [C, M, S]; float32 or wider."""
         scores_CMS = (self.query(h_CMD) * h_CMD.shape[-1] ** -0.5) @ keys_CSD.transpose(-1, -2)
         scores_CMS = scores_CMS.to(torch.promote_types(scores_CMS.dtype, torch.float32))
         scores_CMS = scores_CMS.masked_fill(~mask_CS[:, None], torch.finfo(scores_CMS.dtype).min)
-        return torch.cat([self.sentinel(h_CMD).to(scores_CMS.dtype), scores_CMS], -1).log_softmax(-1)
+        sentinel_CM1 = self.sentinel(h_CMD).to(scores_CMS.dtype)
+        # Among the tokens first, in rows that fill vectors where a cache holds them: see `ROW_BLOCK`.
+        log_among_CMS = scores_CMS.log_softmax(-1)
+        log_sum_CM1 = _log_sum(scores_CMS, log_among_CMS)
+        log_all_CM1 = torch.logaddexp(sentinel_CM1, log_sum_CM1)
+        return (sentinel_CM1 - log_all_CM1)[..., 0], (log_among_CMS + (log_sum_CM1 - log_all_CM1)).exp()
+
+
+def _log_sum(x: Tensor, log_softmax_of_x: Tensor) -> Tensor:
+    """The logarithm of the sum of e^x over the last dimension, which is kept. (torch's logsumexp may add up in another
+    order for one row than for several.)
+    """
+    return x.amax(-1, keepdim=True) - log_softmax_of_x.amax(-1, keepdim=True)

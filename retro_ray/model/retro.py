@@ -143,7 +143,7 @@ class RetroModel(nn.Module):
                 h_BTD, encoded = self._apply_layer(layer, h_BTD, encoded, inputs, recorder)
         h_BTD, pointed = self.norm(h_BTD), None
         if self.pointer is not None and encoded is not None:
-            attending = encoded.attending(*h_BTD.shape[:2], self.config.chunk_length)
+            attending = encoded.attending(h_BTD, self.config.chunk_length)
             pointed = self.pointer(h_BTD, encoded, attending, inputs.sees_BT)
         return DecoderOutput(h_BTD, pointed), encoded
 

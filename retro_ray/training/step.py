@@ -42,9 +42,10 @@ def arithmetic(precision: Precision, device: torch.device) -> contextlib.Abstrac
 class NextTokenLoss(nn.Module):
     """The model and its loss as one module, so that DDP sees the whole forward pass."""
 
-    def __init__(self, model: RetroModel) -> None:
+    def __init__(self, model: RetroModel, plain_loss_share: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.plain_loss_share = plain_loss_share
 
     def forward(
         self,
@@ -53,8 +54,8 @@ class NextTokenLoss(nn.Module):
         segments_BT: torch.Tensor,
         neighbours_BLKR: torch.Tensor | None,
         neighbour_mask_BLKR: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Nats, summed over the targets: fp32 scalar."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is minimised, and nats, both summed over the targets: fp32 scalars."""
         output = self.model.output(
             tokens_BT,
             neighbours_BLKR=neighbours_BLKR,
@@ -63,7 +64,7 @@ class NextTokenLoss(nn.Module):
         )
         # Padding is left out before the read-out, the largest single product of a small model.
         asked = targets_BT != NO_TARGET
-        return vocabulary_loss(output[asked], self.model.read_out_weight, targets_BT[asked])
+        return vocabulary_loss(output[asked], self.model.read_out_weight, targets_BT[asked], self.plain_loss_share)
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class TrainingStep:
         self._config = config
         self._device = device
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self._module = join_workers(NextTokenLoss(model), model, config.parallel, device)
+        self._module = join_workers(NextTokenLoss(model, config.plain_loss_share), model, config.parallel, device)
         self.optimizer = Optimizer(model, config)
 
     def run(self, share: StepBatch) -> StepResult:
@@ -99,9 +100,9 @@ class TrainingStep:
         for start in starts:
             batch = share.batch.rows(start, start + size).to(self._device)
             with self._synchronised(start == starts[-1]), self._arithmetic():
-                nats = self._forward(batch)
+                loss, nats = self._forward(batch)
                 # DDP averages gradients over the workers; the loss is a sum over them.
-                (nats * (self._world_size / share.num_targets)).backward()
+                (loss * (self._world_size / share.num_targets)).backward()
             total += nats.detach()
         if self._world_size > 1:
             dist.all_reduce(total)
@@ -115,7 +116,7 @@ class TrainingStep:
         """While it is held, the model may be used by each worker alone, as for a validation between steps."""
         return whole_weights(self._module)
 
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return self._module(
             batch.tokens_BT, batch.targets_BT, batch.segments_BT, batch.neighbours_BLKR, batch.neighbour_mask_BLKR
         )

@@ -6,7 +6,8 @@ positions at a time, and turned into the gradients of activations and weights at
 2024 (Liger Kernel) do: no logit is kept or computed again for the backward pass.
 
 Where neighbour tokens are pointed at, a target's probability is that of a mixture, kept * softmax + given, and the
-softmax's slopes are those of a plain loss times its part in that probability.
+softmax's slopes are those of a plain loss times its part in that probability. What can be copied is then hardly learnt
+by the softmax; so that it is, a share of the loss may be the plain one.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         log_kept_N: torch.Tensor | None,
         given_N: torch.Tensor | None,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
+        plain_share: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         weight, vocab_size, device = weight_VD.to(dtype), len(weight_VD), h_ND.device
         gradient_h = torch.empty_like(h_ND)
         gradient_weight = None if ctx.needs_input_grad[1] is False else torch.zeros_like(weight_VD)
         nats_N = torch.empty(len(h_ND), dtype=torch.promote_types(dtype, torch.float32), device=device)
-        vocabulary_share_N = None if log_kept_N is None else torch.empty_like(nats_N)
+        plain_nats_N = nats_N if log_kept_N is None else torch.empty_like(nats_N)
+        softmax_part_N = None if log_kept_N is None else torch.empty_like(nats_N)
         step = max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE_ELSEWHERE) // vocab_size)
         size = min(len(h_ND), max(step, _SLOPES_AT_ONCE // vocab_size))
         logits = torch.empty(min(size, step), vocab_size, dtype=nats_N.dtype, device=device)
@@ -55,25 +58,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 some = slice(first, first + step)
                 nats = _nats_and_slopes(h[some] @ weight.T, targets[some], logits, slope[some])
                 rows = slice(start + first, start + first + len(nats))
-                if log_kept_N is not None and given_N is not None and vocabulary_share_N is not None:
-                    log_by_vocabulary = log_kept_N[rows] - nats
-                    nats = -torch.logaddexp(log_by_vocabulary, given_N[rows].log())
-                    vocabulary_share_N[rows] = (log_by_vocabulary + nats).exp()
-                    slope[some] *= vocabulary_share_N[rows, None]
-                nats_N[rows] = nats
+                plain_nats_N[rows] = nats
+                if log_kept_N is not None and given_N is not None and softmax_part_N is not None:
+                    log_by_softmax = log_kept_N[rows] - nats
+                    nats_N[rows] = -torch.logaddexp(log_by_softmax, given_N[rows].log())
+                    softmax_part_N[rows] = (log_by_softmax + nats_N[rows]).exp()
+                    slope[some] *= plain_share + (1 - plain_share) * softmax_part_N[rows, None]
             gradient_h[part] = slope @ weight
             if gradient_weight is not None:
                 gradient_weight += slope.T @ h
-        of_log_kept = None if vocabulary_share_N is None else -vocabulary_share_N
-        of_given = None if given_N is None else -nats_N.clamp(max=_MOST_NATS).exp()
+        mixed_share = 1 - plain_share
+        of_log_kept = None if softmax_part_N is None else -mixed_share * softmax_part_N
+        of_given = None if given_N is None else -mixed_share * nats_N.clamp(max=_MOST_NATS).exp()
         ctx.save_for_backward(gradient_h, gradient_weight, of_log_kept, of_given)
-        return nats_N.sum()
+        nats = nats_N.sum()
+        loss = nats.clone() if log_kept_N is None else mixed_share * nats + plain_share * plain_nats_N.sum()
+        ctx.mark_non_differentiable(nats)
+        return loss, nats
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (scale,) = gradients
+        scale, _ = gradients
         of_h, of_weight, of_log_kept, of_given = (None if x is None else x * scale for x in ctx.saved_tensors)
-        return of_h, of_weight, None, of_log_kept, of_given, None
+        return of_h, of_weight, None, of_log_kept, of_given, None, None
 
 
 def _nats_and_slopes(
@@ -91,17 +98,21 @@ def _nats_and_slopes(
     return nats_N
 
 
-def vocabulary_loss(output: DecoderOutput, weight_VD: torch.Tensor, targets_N: torch.Tensor) -> torch.Tensor:
-    """Nats of the targets under `RetroModel.read_out` of an output, summed: a scalar, fp32 or wider.
+def vocabulary_loss(
+    output: DecoderOutput, weight_VD: torch.Tensor, targets_N: torch.Tensor, plain_share: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is to be minimised, and the nats of the targets under `RetroModel.read_out` of an output: both sums, fp32 or
+    wider.
 
     Args:
         output: of N positions.
         weight_VD: the read-out; where it is not trained, its gradients are not computed.
         targets_N: int64, from 0 to V - 1.
+        plain_share: with a pointer, the share of nats without it in what is minimised; else that is the nats.
     """
     h_ND, pointed = output.hidden, output.pointed
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
     log_kept_N, given_N = (None, None) if pointed is None else (pointed.log_kept, pointed.given_to(targets_N))
     with torch.autocast(device, enabled=False):  # the products' types are chosen above
-        return _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, log_kept_N, given_N, dtype)
+        return _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, log_kept_N, given_N, dtype, plain_share)

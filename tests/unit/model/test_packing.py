@@ -7,7 +7,7 @@ from retro_ray.model import RetroModel
 from retro_ray.model.cache import whole_blocks
 from retro_ray.model.new_tokens import place_new_tokens
 from retro_ray.model.packing import pack_weights
-from tests.unit.model.models import LLAMA_BLOCKS, random_batch, random_model, small_config
+from tests.unit.model.models import LLAMA_BLOCKS, RETRIEVAL, random_batch, random_model, small_config
 
 WIDE = {
     "hidden_dim": 64,
@@ -29,7 +29,7 @@ BLOCKS = pytest.mark.parametrize("blocks", [{}, OF_LLAMA], ids=["ours", "llama"]
 
 
 def bf16_model(**blocks: object) -> RetroModel:
-    config = small_config(**WIDE, **blocks, normalize_embeddings=True, cca_start="copy")
+    config = small_config(**WIDE, **blocks, normalize_embeddings=True, **RETRIEVAL["pointer"])
     return random_model(config).to(torch.bfloat16).eval()
 
 

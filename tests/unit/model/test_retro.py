@@ -115,8 +115,9 @@ def test_the_papers_start_leaves_the_decoder_alone_but_learns() -> None:
     assert model.layers[1].cca.out.weight.grad.abs().sum() > 0
 
 
-def test_the_copying_start_predicts_what_followed_the_token_in_a_neighbour() -> None:
-    """Untrained, at a useful width: the successor's logit rises most of all tokens'."""
+@pytest.mark.parametrize("kind", ["copy", "paper and pointer"])
+def test_the_copying_start_predicts_what_followed_the_token_in_a_neighbour(kind: str) -> None:
+    """Untrained, at a useful width: the successor's logit rises most of all tokens'; so it does by the pointer alone."""
     config = small_config(
         vocab_size=200,
         hidden_dim=128,
@@ -126,7 +127,7 @@ def test_the_copying_start_predicts_what_followed_the_token_in_a_neighbour() -> 
         encoder_heads=4,
         share_encoder_embedding=True,
         normalize_embeddings=True,
-        cca_start="copy",
+        **RETRIEVAL[kind],
     )
     hits = 0
     for seed in range(20):

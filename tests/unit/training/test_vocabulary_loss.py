@@ -31,7 +31,7 @@ def reference(h, weight, targets):
 
 def test_loss_and_gradients_are_those_of_cross_entropy():
     h, weight, targets = inputs()
-    ours, theirs = vocabulary_loss(DecoderOutput(h), weight, targets), reference(h, weight, targets)
+    ours, theirs = vocabulary_loss(DecoderOutput(h), weight, targets)[0], reference(h, weight, targets)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(
         torch.autograd.grad(3 * ours, (h, weight)), torch.autograd.grad(3 * theirs, (h, weight)), strict=True
@@ -50,10 +50,11 @@ def test_with_a_pointer_it_is_the_cross_entropy_of_the_mixture():
         log_shares = scores.masked_fill(nothing[:, None] & (torch.arange(41) > 0), -1e300).log_softmax(-1)
         return DecoderOutput(h, Pointed(log_shares[:, 1:].exp(), log_shares[:, 0], chunks, tokens_CS))
 
-    ours = vocabulary_loss(output(), weight, targets)
+    ours, nats = vocabulary_loss(output(), weight, targets)
     pointed = output().pointed
     theirs = F.cross_entropy(pointed.mixed_with(h @ weight.T), targets, reduction="sum")
     torch.testing.assert_close(ours, theirs)
+    assert torch.equal(nats, ours)
     given = [pointed.shares[n][tokens_CS[chunks[n]] == targets[n]].sum() for n in range(N)]
     probability = pointed.log_kept.exp() * (h @ weight.T).softmax(-1)[torch.arange(N), targets] + torch.stack(given)
     torch.testing.assert_close(ours, -probability.log().sum())
@@ -61,19 +62,29 @@ def test_with_a_pointer_it_is_the_cross_entropy_of_the_mixture():
     for a, b in zip(torch.autograd.grad(2 * ours, inside), torch.autograd.grad(2 * theirs, inside), strict=True):
         torch.testing.assert_close(a, b)
 
+    # A share of the plain loss beside it: nats stay those of the mixture.
+    theirs = F.cross_entropy(output().pointed.mixed_with(h @ weight.T), targets, reduction="sum")
+    both, nats = vocabulary_loss(output(), weight, targets, plain_share=0.3)
+    assert torch.equal(nats, ours)
+    assert not nats.requires_grad
+    expected = 0.7 * theirs + 0.3 * reference(h, weight, targets)
+    torch.testing.assert_close(both, expected)
+    for a, b in zip(torch.autograd.grad(2 * both, inside), torch.autograd.grad(2 * expected, inside), strict=True):
+        torch.testing.assert_close(a, b)
+
 
 def test_a_frozen_read_out_changes_nothing_else():
     h, weight, targets = inputs()
-    [expected] = torch.autograd.grad(vocabulary_loss(DecoderOutput(h), weight, targets), h)
+    [expected] = torch.autograd.grad(vocabulary_loss(DecoderOutput(h), weight, targets)[0], h)
     weight.requires_grad_(False)
-    vocabulary_loss(DecoderOutput(h), weight, targets).backward()
+    vocabulary_loss(DecoderOutput(h), weight, targets)[0].backward()
     assert weight.grad is None
     assert torch.equal(h.grad, expected)
 
 
 def test_large_logits_do_not_overflow():
     h, weight, targets = inputs(torch.float32, scale=1e4)
-    ours = vocabulary_loss(DecoderOutput(h), weight, targets)
+    ours = vocabulary_loss(DecoderOutput(h), weight, targets)[0]
     assert ours.isfinite()
     torch.testing.assert_close(ours, reference(h, weight, targets), rtol=1e-5, atol=1e-2)
 
@@ -81,7 +92,7 @@ def test_large_logits_do_not_overflow():
 def test_under_autocast_the_products_are_bf16_and_the_sums_fp32():
     h, weight, targets = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = vocabulary_loss(DecoderOutput(h), weight, targets)
+        ours = vocabulary_loss(DecoderOutput(h), weight, targets)[0]
         theirs = reference(h, weight, targets)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
@@ -93,7 +104,7 @@ def test_under_autocast_the_products_are_bf16_and_the_sums_fp32():
 
 def test_no_positions_have_no_loss():
     h, weight, targets = inputs()
-    ours = vocabulary_loss(DecoderOutput(h[:0]), weight, targets[:0])
+    ours = vocabulary_loss(DecoderOutput(h[:0]), weight, targets[:0])[0]
     ours.backward()
     assert ours.item() == 0
     assert not weight.grad.any()
