@@ -36,7 +36,7 @@ def tiny(vocab_size: int, chunk_length: int = 64) -> RunConfig:
             encoder_ca_layers=(1,),
             share_encoder_embedding=True,
             normalize_embeddings=True,
-            cca_start="copy",
+            pointer=True,
         ),
         training=TrainingConfig(
             num_steps=300,
@@ -75,7 +75,7 @@ def small(vocab_size: int, chunk_length: int = 64) -> RunConfig:
             encoder_ca_layers=(1,),
             share_encoder_embedding=True,
             normalize_embeddings=True,
-            cca_start="copy",
+            pointer=True,
         ),
         training=TrainingConfig(
             num_steps=10_000,

@@ -40,6 +40,7 @@ def test_paper_recipes_follow_the_papers_table(name: str) -> None:
     assert config.model.context_length == 2048
     assert config.model.cca_layers[:3] == ((9, 12, 15) if large else (6, 9, 12))
     assert config.model.cca_start == "paper"
+    assert not config.model.pointer
     assert config.training.learning_rate == (1e-4 if name == "paper-7.5b" else 2e-4)
     assert config.training.batch_size == (1024 if name == "paper-7.5b" else 256)
     tokens = config.training.num_steps * config.training.batch_size * config.model.context_length
