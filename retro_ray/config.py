@@ -271,7 +271,7 @@ class TrainingConfig:
     """Share of training sequences that see no neighbours, so that RETRO[OFF] stays good."""
     final_retrieval_dropout: float | None = None
     """The share at the last step, up to which it changes evenly. Default: it stays."""
-    plain_loss_share: float = 0.5
+    plain_loss_share: float = 0.8
     """With a pointer: the share of what is minimised that is the loss of the softmax over the vocabulary alone, which
     otherwise would not learn what can be copied."""
     parallel: Literal["ddp", "fsdp"] = "ddp"

@@ -10,7 +10,6 @@ vocabulary; [...] any positions.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import EllipsisType
@@ -80,29 +79,30 @@ class DecoderOutput:
 class NeighbourPointer(nn.Module):
     """How much each position gives to the tokens of its neighbours.
 
-    A neighbour's token is found by what stands before it: its key comes from the encoding of its predecessor. The query
-    starts as the key does, so that at first a position looks for what is like itself.
+    A neighbour's token is found by what stands before it, and by what it is: its key comes from the encodings of its
+    predecessor and of itself. At first the predecessor alone counts, and the query starts as its key does, so that a
+    position looks for what is like itself.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.query = nn.Linear(config.hidden_dim, config.hidden_dim, bias=False)
-        self.key = nn.Linear(config.encoder_dim, config.hidden_dim, bias=False)
+        self.previous_key = nn.Linear(config.encoder_dim, config.hidden_dim, bias=False)
+        self.own_key = nn.Linear(config.encoder_dim, config.hidden_dim, bias=False)
         self.sentinel = nn.Linear(config.hidden_dim, 1)
         start_normal(self.query)
-        start_normal(self.key)
+        start_normal(self.previous_key)
+        nn.init.zeros_(self.own_key.weight)
         if config.encoder_dim == config.hidden_dim:
             with torch.no_grad():
-                self.key.weight.copy_(self.query.weight)
+                self.previous_key.weight.copy_(self.query.weight)
         nn.init.zeros_(self.sentinel.weight)
-        nn.init.constant_(self.sentinel.bias, float(os.environ.get("PTR_BIAS", _SENTINEL_START)))
+        nn.init.constant_(self.sentinel.bias, _SENTINEL_START)
 
     def keys(self, encoded: EncodedNeighbours) -> Tensor:
         """[C, S, D]."""
         assert encoded.previous_NSD is not None
-        if os.environ.get("PTR_OWN"):
-            return self.key(encoded.previous_NSD + encoded.states_NSD)
-        return self.key(encoded.previous_NSD)
+        return self.previous_key(encoded.previous_NSD) + self.own_key(encoded.states_NSD)
 
     def forward(
         self, h_BTD: Tensor, encoded: EncodedNeighbours, attending: Attending, sees_BT: Tensor | None

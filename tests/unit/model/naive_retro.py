@@ -75,7 +75,8 @@ def _with_pointer(
                     if vector is None:
                         continue
                     before = vectors[i - 1] if i > 0 and vectors[i - 1] is not None else zero
-                    scores.append(float(query @ (weights["pointer.key.weight"] @ before)))
+                    key = weights["pointer.previous_key.weight"] @ before + weights["pointer.own_key.weight"] @ vector
+                    scores.append(float(query @ key))
                     tokens.append(neighbour[i])
             shares = np.exp(np.array(scores) - max(scores))
             shares /= shares.sum()
