@@ -82,7 +82,7 @@ class TrainFlags:
     cca_start: Literal["paper", "copy"] | None = None
     """Start of chunked cross-attention: the paper's, or one that copies."""
     pointer: bool | None = None
-    """Neighbour tokens that a position points at are a part of what comes next, beside the softmax over the vocabulary."""
+    """What a position points at among its neighbours' tokens is a part of the output, beside the softmax."""
     retrieval_dropout: float | None = None
     """Share of sequences that see no neighbours."""
     final_retrieval_dropout: float | None = None

@@ -223,9 +223,12 @@ class DecodingBatch:
 
 
 def slot_size(config: ModelConfig, max_tokens: int, num_neighbours: int) -> int:
-    """Memory of one slot, in that of a token in all layers: neighbours are kept in those with CCA."""
+    """Memory of one slot, in that of a token in all layers: neighbours are kept in those with CCA, and by the pointer,
+    which has keys alone.
+    """
     num_rows = num_neighbours * config.neighbour_length * config.num_heads // config.kv_heads
-    return max_tokens + math.ceil(num_rows * len(config.cca_layers) / config.num_layers)
+    num_stores = len(config.cca_layers) + (0.5 if config.pointer and config.cca_layers else 0)
+    return max_tokens + math.ceil(num_rows * num_stores / config.num_layers)
 
 
 def _shape(cache: DecodeCache) -> tuple[int, int, int]:

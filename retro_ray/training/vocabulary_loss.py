@@ -43,12 +43,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight, vocab_size, device = weight_VD.to(dtype), len(weight_VD), h_ND.device
         gradient_h = torch.empty_like(h_ND)
         gradient_weight = None if ctx.needs_input_grad[1] is False else torch.zeros_like(weight_VD)
-        nats_N = torch.empty(len(h_ND), dtype=torch.promote_types(dtype, torch.float32), device=device)
-        plain_nats_N = nats_N if log_kept_N is None else torch.empty_like(nats_N)
-        softmax_part_N = None if log_kept_N is None else torch.empty_like(nats_N)
+        plain_nats_N = torch.empty(len(h_ND), dtype=torch.promote_types(dtype, torch.float32), device=device)
+        nats_N, softmax_part_N = plain_nats_N, None
+        if log_kept_N is not None:
+            nats_N, softmax_part_N = torch.empty_like(plain_nats_N), torch.empty_like(plain_nats_N)
         step = max(1, _LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE_ELSEWHERE) // vocab_size)
         size = min(len(h_ND), max(step, _SLOPES_AT_ONCE // vocab_size))
-        logits = torch.empty(min(size, step), vocab_size, dtype=nats_N.dtype, device=device)
+        logits = torch.empty(min(size, step), vocab_size, dtype=plain_nats_N.dtype, device=device)
         slopes = torch.empty(size, vocab_size, dtype=dtype, device=device)
         for start in range(0, len(h_ND), max(1, size)):
             part = slice(start, start + size)
@@ -56,15 +57,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slope = slopes[: len(h)]
             for first in range(0, len(h), step):
                 some = slice(first, first + step)
-                nats = _nats_and_slopes(h[some] @ weight.T, targets[some], logits, slope[some])
-                rows = slice(start + first, start + first + len(nats))
-                plain_nats_N[rows] = nats
-                if log_kept_N is not None and given_N is not None and softmax_part_N is not None:
-                    log_by_softmax = log_kept_N[rows] - nats
-                    nats_N[rows] = -torch.logaddexp(log_by_softmax, given_N[rows].log())
-                    softmax_part_N[rows] = (log_by_softmax + nats_N[rows]).exp()
-                    slope[some] *= plain_share + (1 - plain_share) * softmax_part_N[rows, None]
+                rows = slice(start + first, start + first + len(h[some]))
+                plain_nats_N[rows] = _nats_and_slopes(h[some] @ weight.T, targets[some], logits, slope[some])
             gradient_h[part] = slope @ weight
+            if log_kept_N is not None and given_N is not None and softmax_part_N is not None:
+                log_by_softmax = log_kept_N[part] - plain_nats_N[part]
+                nats_N[part] = -torch.logaddexp(log_by_softmax, given_N[part].log())
+                softmax_part_N[part] = (log_by_softmax + nats_N[part]).exp()
+                # Slopes times a number for each position: of the products it takes fewer than of the slopes.
+                weights = plain_share + (1 - plain_share) * softmax_part_N[part, None]
+                gradient_h[part] *= weights
+                h = (h * weights).to(dtype)
             if gradient_weight is not None:
                 gradient_weight += slope.T @ h
         mixed_share = 1 - plain_share

@@ -88,6 +88,7 @@ def make_model(vocab_size: int, **changes) -> RetroModel:
         "encoder_layers": 2,
         "encoder_heads": 2,
         "encoder_ffn_dim": 32,
+        "pointer": True,
     }
     model = RetroModel(ModelConfig(**(settings | changes))).double().eval()
     generator = torch.Generator().manual_seed(3)

@@ -177,6 +177,9 @@ def test_the_cache_grows_by_doubling_and_gives_back() -> None:
 
 
 def test_neighbours_count_by_the_layers_that_keep_them() -> None:
+    """Keys and values in two of three layers; the pointer's keys."""
     config = float32_engine(prefetch=False).model.config
     assert slot_size(config, 20, 0) == 20
-    assert slot_size(config, 20, 3) == 20 + math.ceil(3 * 2 * M * 2 / 3)
+    assert slot_size(config, 20, 3) == 20 + math.ceil(3 * 2 * M * 2.5 / 3)
+    without = replace(config, pointer=False)
+    assert slot_size(without, 20, 3) == 20 + math.ceil(3 * 2 * M * 2 / 3)

@@ -128,7 +128,7 @@ def count_passes(engine: GenerationEngine, request: GenerationRequest) -> tuple[
 def test_text_that_was_retrieved_is_read_several_tokens_at_a_time(temperature: float) -> None:
     _, tokenizer = engine_parts()
     chunk_length = 16
-    model = make_model(tokenizer.vocab_size, chunk_length=chunk_length)
+    model = make_model(tokenizer.vocab_size, chunk_length=chunk_length, pointer=False)
     with torch.no_grad():  # so that what is retrieved does not change what is going to be
         for layer in model.layers:
             if layer.cca is not None:

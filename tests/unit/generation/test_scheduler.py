@@ -69,8 +69,9 @@ def mixed_requests(prompt_of: PromptOf) -> list[GenerationRequest]:
     ]
 
 
-def test_every_request_gets_what_it_gets_alone(model, tokenizer, search, prompt_of: PromptOf) -> None:
-    engine = GenerationEngine(model, tokenizer, search)
+@pytest.mark.parametrize("speculate", [0, 8])
+def test_every_request_gets_what_it_gets_alone(model, tokenizer, search, prompt_of: PromptOf, speculate: int) -> None:
+    engine = GenerationEngine(model, tokenizer, search, speculate=speculate)
     requests = mixed_requests(prompt_of)
     alone = [engine.generate([request])[0] for request in requests]
 
@@ -83,9 +84,10 @@ def test_every_request_gets_what_it_gets_alone(model, tokenizer, search, prompt_
             assert stats.requests_finished == 2 * len(requests)
             assert stats.tokens_generated == 2 * sum(len(result.token_ids) for result in alone)
             assert stats.prompt_tokens == 2 * sum(result.num_prompt_tokens for result in alone)
-            # Every token but the first of a request is one sequence's part in one step.
+            # Every token but the first of a request is one sequence's part in one step, if it was not drafted.
             num_first = 2 * sum(bool(result.token_ids) for result in alone)
-            assert stats.batch_size_sum == stats.tokens_generated - num_first
+            num_drafted = stats.tokens_generated - num_first - stats.batch_size_sum
+            assert num_drafted > 0 if speculate else num_drafted == 0
             assert stats.batch_size_sum / 3 <= stats.num_steps < stats.batch_size_sum
             assert 0 <= stats.retrieval_hidden_share <= 1
             assert min(stats.retrieval_s, stats.prefill_s, stats.decode_s) > 0
@@ -347,11 +349,11 @@ def test_memory_is_bounded_and_what_does_not_fit_waits(model, tokenizer, search,
                 return result
 
             assert await asyncio.gather(*(watched(scheduler.generate(request)) for request in requests)) == alone
-            # 37 tokens alone would fit, but not with the neighbours that two of three layers keep.
+            # 37 tokens alone would fit, but not with the neighbours that two of three layers and the pointer keep.
             huge = GenerationRequest(prompt=prompt_of(30), max_tokens=7, num_neighbours=6)
-            with pytest.raises(PromptError, match="take the memory of 69 tokens, max_cached_tokens is 64"):
+            with pytest.raises(PromptError, match="take the memory of 77 tokens, max_cached_tokens is 64"):
                 await scheduler.generate(huge)
-            with pytest.raises(PromptError, match="take the memory of 69 tokens"):
+            with pytest.raises(PromptError, match="take the memory of 77 tokens"):
                 scheduler.check(huge)
 
     run(main())

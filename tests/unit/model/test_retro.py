@@ -117,7 +117,7 @@ def test_the_papers_start_leaves_the_decoder_alone_but_learns() -> None:
 
 @pytest.mark.parametrize("kind", ["copy", "paper and pointer"])
 def test_the_copying_start_predicts_what_followed_the_token_in_a_neighbour(kind: str) -> None:
-    """Untrained, at a useful width: the successor's logit rises most of all tokens'; so it does by the pointer alone."""
+    """Untrained, at a useful width: the successor's logit rises most of all tokens', by the pointer alone too."""
     config = small_config(
         vocab_size=200,
         hidden_dim=128,
