@@ -72,8 +72,8 @@ class DecoderOutput:
         return DecoderOutput(self.hidden[where], None if self.pointed is None else self.pointed[where])
 
     def split(self, size: int) -> Iterator[DecoderOutput]:
-        """Parts of so many rows of the first dimension."""
-        return (self[start : start + size] for start in range(0, len(self.hidden), size))
+        """Parts of so many rows of the first dimension; of none, one without any, as of a tensor."""
+        return (self[start : start + size] for start in range(0, max(1, len(self.hidden)), size))
 
 
 class NeighbourPointer(nn.Module):

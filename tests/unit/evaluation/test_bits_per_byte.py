@@ -20,6 +20,7 @@ from retro_ray.evaluation.bits_per_byte import (
     score_documents,
     score_tokens,
 )
+from retro_ray.model.pointer import DecoderOutput
 from retro_ray.model.retro import RetroModel
 from tests.fakes import tiny_run_config, write_tiny_database
 
@@ -43,12 +44,12 @@ class BigramModel(nn.Module):
         self.table_VV = nn.Parameter(log_probabilities_VV)
         self.calls: list[dict] = []
 
-    def hidden(self, tokens_BT, **inputs):
+    def output(self, tokens_BT, **inputs):
         self.calls.append({"tokens_BT": tokens_BT, **inputs})
-        return self.table_VV[tokens_BT]
+        return DecoderOutput(self.table_VV[tokens_BT])
 
-    def read_out(self, h):
-        return h
+    def read_out(self, output):
+        return output.hidden
 
 
 def bigram_model(database, seed: int = 0, num_chunks: int = 4) -> BigramModel:

@@ -59,7 +59,7 @@ def test_overlaps_of_texts_that_are_stored_half_stored_and_new(home: Path) -> No
 
 def test_a_uniform_model_has_log2_of_the_vocabulary_per_token_at_every_alpha(tmp_path: Path) -> None:
     database = write_database(tmp_path, [document("stored", STORED)], validation=[document("half", HALF)])
-    save_run(tmp_path, database, uniform=True)
+    save_run(tmp_path, database, uniform=True, pointer=False)
     found = evaluated(tmp_path)
     with open_subject(tmp_path) as subject:
         store, rows = subject.store, subject.rows
