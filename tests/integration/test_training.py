@@ -44,7 +44,7 @@ def rows_of(run: Path) -> list[dict]:
     return [{key: value for key, value in row.items() if key != "tokens_per_second"} for row in rows]
 
 
-def wait_for(condition, timeout_s: float = 60.0):
+def wait_for(condition, timeout_s: float = 180.0):
     deadline = time.monotonic() + timeout_s
     while not (found := condition()):
         assert time.monotonic() < deadline, "nothing came"
