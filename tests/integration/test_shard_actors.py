@@ -183,7 +183,8 @@ def test_a_search_that_fails_is_an_error_of_its_shard(database: Database) -> Non
     retriever = ShardedRetriever(database)
     nothing = np.zeros(1, np.float32)
     nonsense = CandidateRequest(CommitId(0, ""), PreparedQueries(nothing, nothing, nothing, nothing), Wanted(5), None)
-    with pytest.raises(RetrievalError, match=r"shard 0 of 2 .*the search failed: .*tuple index") as caught:
+    # Both shards fail, and either may be the first to say so.
+    with pytest.raises(RetrievalError, match=r"shard [01] of 2 .*the search failed: .*tuple index") as caught:
         retriever._shards.ask(nonsense, 2)
     assert "\n" not in str(caught.value)
     with pytest.raises(RetrievalError, match=r"\(1, 5\) .* 8 dimensions"):
