@@ -186,6 +186,9 @@ class ModelConfig:
     pointer: bool = False
     """Neighbour tokens that a position points at are a part of the output's distribution, beside the softmax over the
     vocabulary (a pointer sentinel mixture, Merity et al. 2016)."""
+    pointer_max_ngram: int = 4
+    """The pointer is told how many of a position's last tokens, up to so many, stand in front of a neighbour token too.
+    0: it is not."""
     tie_embeddings: bool = True
     """The read-out shares its weights with the input embedding."""
     rope_base: float = 10_000.0
@@ -218,6 +221,7 @@ class ModelConfig:
             value = getattr(self, name)
             _require(value >= 1, name, value, "at least 1")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for rotary positions")
+        _require(self.pointer_max_ngram >= 0, "pointer_max_ngram", self.pointer_max_ngram, "at least 0")
         divides = self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
         _require(divides, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})")
         num_pairs = self.head_dim // 2

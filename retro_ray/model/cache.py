@@ -11,6 +11,8 @@ from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
 from retro_ray.model.attention import KeysValues, open_empty_rows
 from retro_ray.model.encoder import EncodedNeighbours
+from retro_ray.model.ngrams import NO_TOKEN
+from retro_ray.model.pointer import PointedRows
 
 ROW_BLOCK = 64
 """Keys and values have room for multiples of so many rows. A softmax over further blocks, masked, adds up
@@ -66,10 +68,18 @@ class DecodeCache:
         self.cca_values = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
         self.cca_mask = torch.zeros(batch_size, self.num_cca_rows, device=device, dtype=torch.bool)
         # Of the pointer, if the model has one.
-        num_pointed_rows = self.num_cca_rows if config.pointer and config.cca_layers else 0
+        has_pointer = config.pointer and bool(config.cca_layers)
+        num_pointed_rows, self._max_ngram = (self.num_cca_rows, config.pointer_max_ngram) if has_pointer else (0, 0)
+
+        def none(*shape: int) -> Tensor:
+            return torch.full((batch_size, *shape), NO_TOKEN, device=device, dtype=torch.int64)
+
         self.pointer_keys = zeros(num_pointed_rows, config.hidden_dim)
         self.pointer_mask = torch.zeros(batch_size, num_pointed_rows, device=device, dtype=torch.bool)
         self.neighbour_tokens = torch.zeros(batch_size, num_pointed_rows, device=device, dtype=torch.int64)
+        self.preceding_tokens = none(num_pointed_rows, self._max_ngram)
+        self.tokens = none(max_tokens if self._max_ngram else 0)
+        """[B, T], int64: those read so far; what is behind a slot's length means nothing."""
         self.num_neighbour_rows = torch.zeros(batch_size, dtype=torch.int64)
         """[B], on the CPU: rows of the CCA keys that hold something; 0 without neighbours."""
         self.chunk_hidden = zeros(config.chunk_length, config.hidden_dim)
@@ -116,8 +126,8 @@ class DecodeCache:
         for store in (*self.keys, *self.values):
             store[target, :, :num_tokens] = store[source, :, :num_tokens]
         neighbours = (*self.cca_keys.values(), *self.cca_values.values(), self.cca_mask, self.num_neighbour_rows)
-        pointer = self.pointer_keys, self.pointer_mask, self.neighbour_tokens
-        for store in (self.lengths, self.chunk_hidden, *neighbours, *pointer):
+        pointer = self.pointer_keys, self.pointer_mask, self.neighbour_tokens, self.preceding_tokens
+        for store in (self.lengths, self.tokens, self.chunk_hidden, *neighbours, *pointer):
             store[target] = store[source]
 
     def resize(self, batch_size: int, max_tokens: int, num_neighbours: int) -> None:
@@ -132,6 +142,8 @@ class DecodeCache:
         self.pointer_keys = _resized(self.pointer_keys, batch_size, num_pointed_rows, self.pointer_keys.shape[2])
         self.pointer_mask = _resized(self.pointer_mask, batch_size, num_pointed_rows)
         self.neighbour_tokens = _resized(self.neighbour_tokens, batch_size, num_pointed_rows)
+        self.preceding_tokens = _resized(self.preceding_tokens, batch_size, num_pointed_rows, self._max_ngram)
+        self.tokens = _resized(self.tokens, batch_size, max_tokens if self._max_ngram else 0)
         self.chunk_hidden = _resized(self.chunk_hidden, batch_size, *self.chunk_hidden.shape[1:])
         self.num_neighbour_rows = _resized(self.num_neighbour_rows, batch_size)
         self.lengths = _resized(self.lengths, batch_size)
@@ -173,11 +185,25 @@ class DecodeCache:
             return None
         return open_empty_rows(self.cca_mask[:num_slots, : rows_to_read(num_rows, self.num_cca_rows)])
 
-    def pointed_rows(self, slots_N: Tensor, num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The first S rows of the pointer in some slots: keys [N, S, D], mask and tokens, each [N, S]."""
-        stores = self.pointer_keys, self.pointer_mask, self.neighbour_tokens
-        keys_NSD, mask_NS, tokens_NS = (store[slots_N, :num_rows] for store in stores)
-        return keys_NSD, mask_NS, tokens_NS
+    def pointed_rows(self, slots_N: Tensor, num_rows: int) -> PointedRows:
+        """The first S rows that the pointer may point at in some slots."""
+        stores = self.pointer_keys, self.pointer_mask, self.neighbour_tokens, self.preceding_tokens
+        return PointedRows(*(store[slots_N, :num_rows] for store in stores))
+
+    def write_tokens(self, slots: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Note tokens at positions of slots, three shapes that fit each other, for a pointer that looks at them."""
+        if self._max_ngram:
+            self.tokens[slots, positions] = tokens
+
+    def last_tokens(self, slots_N: Tensor, positions_N: Tensor) -> Tensor | None:
+        """The last tokens up to some positions, the newest first: int64 [N, W]; None if the pointer does not look at
+        any.
+        """
+        if not self._max_ngram:
+            return None
+        positions_NW = positions_N[:, None] - torch.arange(self._max_ngram, device=positions_N.device)
+        last_NW = self.tokens[slots_N[:, None], positions_NW.clamp_min(0)]
+        return last_NW.masked_fill(positions_NW < 0, NO_TOKEN)
 
     def write_neighbours(
         self,
@@ -199,6 +225,8 @@ class DecodeCache:
             self.pointer_keys[slots, :num_rows] = pointer_keys.to(self.pointer_keys.dtype)
             self.pointer_mask[slots, :num_rows] = encoded.token_mask_NS
             self.neighbour_tokens[slots, :num_rows] = encoded.tokens_NS
+        if encoded.preceding_NSW is not None:
+            self.preceding_tokens[slots, :num_rows] = encoded.preceding_NSW
 
     def require_room(self, num_tokens: int, num_neighbours: int) -> None:
         """Raises ConfigError if sequences of `num_tokens` or so many neighbours do not fit."""

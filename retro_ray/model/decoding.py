@@ -70,11 +70,12 @@ def _read_together(
     slots_B: Tensor,
 ) -> DecoderOutput:
     h_BTD = model.embed_tokens(tokens_BT)
-    inputs = sequence_inputs(model.config, h_BTD, neighbours_BLKR, mask_BLKR, None)
+    inputs = sequence_inputs(model.config, tokens_BT, h_BTD, neighbours_BLKR, mask_BLKR, None)
     recorder = PromptRecorder(cache, slots_B, lengths_B, model.config.chunk_length)
     output, encoded = model.run_layers(h_BTD, inputs, recorder)
     if encoded is not None:
         _store(model, cache, *recorder.newest_chunks(encoded))
+    cache.write_tokens(slots_B[:, None], torch.arange(tokens_BT.shape[1], device=tokens_BT.device), tokens_BT)
     cache.lengths[slots_B.cpu()] = lengths_B
     return output
 
@@ -98,6 +99,7 @@ def read_new_tokens(
     completed = [slot for slot, count in enumerate(num_new) if count and (lengths[slot] + 1) % m == 0]
     h_ND = model.embed_tokens(tokens_N)
     new = place_new_tokens(model.config, lengths, num_new, cache.held_rows, h_ND.device, h_ND.dtype)
+    cache.write_tokens(new.slots_N, new.positions_N, tokens_N)
     seen_BS = None
     for layer in model.layers:
         number = layer.number
@@ -117,7 +119,8 @@ def read_new_tokens(
     cache.lengths[: len(num_new)] += torch.tensor(num_new)
     h_ND, pointed = model.norm(h_ND), None
     if model.pointer is not None and seen_BS is not None:
-        pointed = model.pointer.step(h_ND, *cache.pointed_rows(new.slots_N, seen_BS.shape[1]))
+        last_NW = cache.last_tokens(new.slots_N, new.positions_N)
+        pointed = model.pointer.step(h_ND, last_NW, cache.pointed_rows(new.slots_N, seen_BS.shape[1]))
     return model.read_out(DecoderOutput(h_ND, pointed))
 
 

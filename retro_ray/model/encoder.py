@@ -17,6 +17,7 @@ from retro_ray.config import ModelConfig
 from retro_ray.model.attending import Attending
 from retro_ray.model.attention import CrossAttention, SelfAttention, open_empty_rows
 from retro_ray.model.layers import FeedForward, Rotary, rotary_at
+from retro_ray.model.ngrams import NO_TOKEN, last_tokens
 from retro_ray.model.rms_norm import RMSNorm
 
 
@@ -41,6 +42,8 @@ class EncodedNeighbours:
     """int64, the neighbours' own; 0 in the row in front."""
     token_mask_NS: Tensor
     """bool, True for rows of real tokens, which the row in front is not."""
+    preceding_NSW: Tensor | None = None
+    """int64, the tokens in front of each in its neighbour, the nearest first; only for a pointer that looks at them."""
     numbers_N: Tensor | None = None
     """int64, ascending: which chunks of the batch these N are, if the others have no neighbours; None: all."""
     num_without: int = 0
@@ -61,6 +64,7 @@ class EncodedNeighbours:
             rotary=self.rotary,
             tokens_NS=self.tokens_NS[rows],
             token_mask_NS=self.token_mask_NS[rows],
+            preceding_NSW=None if self.preceding_NSW is None else self.preceding_NSW[rows],
         )
 
     def attending(self, h_BTD: Tensor, chunk_length: int) -> Attending:
@@ -144,6 +148,10 @@ class NeighbourEncoder(nn.Module):
         states_NSD, previous_NSD = e_NKRD.flatten(1, 2), None
         tokens_NS = tokens_NKR.flatten(1)
         token_mask_NS = torch.ones_like(tokens_NS, dtype=torch.bool) if mask_NS is None else mask_NS
+        preceding_NSW = None
+        if self.config.pointer and self.config.pointer_max_ngram:
+            real_NKR = tokens_NKR if mask_NKR is None else tokens_NKR.masked_fill(~mask_NKR, NO_TOKEN)
+            preceding_NSW = last_tokens(real_NKR, self.config.pointer_max_ngram, skipped=1).flatten(1, 2)
         if self.config.cca_start == "copy" or self.config.pointer:
             previous_NSD = F.pad(e_NKRD[:, :, :-1], (0, 0, 1, 0)).flatten(1, 2)
         if self.config.cca_start == "copy":
@@ -151,6 +159,7 @@ class NeighbourEncoder(nn.Module):
             previous_NSD = None if previous_NSD is None else F.pad(previous_NSD, (0, 0, 1, 0))
             positions, tokens_NS, token_mask_NS = (F.pad(x, (1, 0)) for x in (positions, tokens_NS, token_mask_NS))
             mask_NS = None if mask_NS is None else F.pad(mask_NS, (1, 0), value=True)
+            preceding_NSW = None if preceding_NSW is None else F.pad(preceding_NSW, (0, 0, 1, 0), value=NO_TOKEN)
         return EncodedNeighbours(
             states_NSD=states_NSD,
             previous_NSD=previous_NSD,
@@ -158,6 +167,7 @@ class NeighbourEncoder(nn.Module):
             rotary=self._rotary(positions, e_NKRD.dtype),
             tokens_NS=tokens_NS,
             token_mask_NS=token_mask_NS,
+            preceding_NSW=preceding_NSW,
         )
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Rotary:

@@ -11,6 +11,7 @@ from torch import Tensor
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
 from retro_ray.model.layers import Rotary, decoder_rotary
+from retro_ray.model.ngrams import last_tokens
 
 
 @dataclass(frozen=True)
@@ -26,16 +27,19 @@ class SequenceInputs:
     """bool, the positions of a chunk that the encoding of its neighbours may look at; None: all."""
     sees_BT: Tensor | None
     """bool, the positions that may read the neighbours they would attend to; None: all."""
+    last_BTW: Tensor | None = None
+    """int64, the last tokens up to each position; only for a pointer that looks at them."""
 
 
 def sequence_inputs(
     config: ModelConfig,
+    tokens_BT: Tensor,
     h_BTD: Tensor,
     neighbours_BLKR: Tensor | None,
     neighbour_mask_BLKR: Tensor | None,
     segments_BT: Tensor | None,
 ) -> SequenceInputs:
-    """Inputs of a pass over embedded tokens `h`; no neighbours at all become None.
+    """Inputs of a pass over tokens, embedded as `h`; no neighbours at all become None.
 
     Raises:
         ConfigError: the neighbours' shape does not fit the tokens or the model.
@@ -53,7 +57,10 @@ def sequence_inputs(
             context_mask_NM, sees_BT = _segment_masks(segments_BT, neighbours_BLKR.shape[1], config.chunk_length)
     positions = torch.arange(num_tokens, device=device)
     rotary = decoder_rotary(config, positions, h_BTD.dtype)
-    return SequenceInputs(rotary, mask, neighbours_BLKR, neighbour_mask_BLKR, context_mask_NM, sees_BT)
+    last_BTW = None
+    if neighbours_BLKR is not None and config.pointer and config.pointer_max_ngram:
+        last_BTW = last_tokens(tokens_BT, config.pointer_max_ngram, segments=segments_BT)
+    return SequenceInputs(rotary, mask, neighbours_BLKR, neighbour_mask_BLKR, context_mask_NM, sees_BT, last_BTW)
 
 
 def split_chunks(x: Tensor, num_chunks: int, chunk_length: int) -> Tensor:

@@ -15,16 +15,20 @@ from dataclasses import dataclass
 from types import EllipsisType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_ray.config import ModelConfig
 from retro_ray.model.attending import Attending
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.layers import start_normal
+from retro_ray.model.ngrams import match_lengths
 
 _SENTINEL_START = 8.0
 """Logit of the sentinel at the start: well above what a few hundred tokens that do not fit come to together, below what
 one gets that fits."""
+_MATCH_START = 2.0
+"""What each further token of a match adds to a row's logit at the start: four of them outweigh the sentinel's."""
 
 Where = Tensor | slice | int | tuple[Tensor | slice | int | EllipsisType, ...]
 
@@ -76,12 +80,26 @@ class DecoderOutput:
         return (self[start : start + size] for start in range(0, max(1, len(self.hidden)), size))
 
 
+@dataclass(frozen=True)
+class PointedRows:
+    """The S neighbour tokens that each of N positions may point at."""
+
+    keys_NSD: Tensor
+    mask_NS: Tensor
+    """bool: True for those that are there."""
+    tokens_NS: Tensor
+    """int64."""
+    preceding_NSW: Tensor | None
+    """int64, those in front of each, the nearest first; for a model that looks at matches."""
+
+
 class NeighbourPointer(nn.Module):
     """How much each position gives to the tokens of its neighbours.
 
     A neighbour's token is found by what stands before it, and by what it is: its key comes from the encodings of its
     predecessor and of itself. At first the predecessor alone counts, and the query starts as its key does, so that a
-    position looks for what is like itself.
+    position looks for what is like itself. How many tokens it has in common with a position exactly, going back from
+    the predecessor, adds to its logit by as much as the position sees fit.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -90,6 +108,7 @@ class NeighbourPointer(nn.Module):
         self.previous_key = nn.Linear(config.encoder_dim, config.hidden_dim, bias=False)
         self.own_key = nn.Linear(config.encoder_dim, config.hidden_dim, bias=False)
         self.sentinel = nn.Linear(config.hidden_dim, 1)
+        self.match = nn.Linear(config.hidden_dim, config.pointer_max_ngram) if config.pointer_max_ngram else None
         start_normal(self.query)
         start_normal(self.previous_key)
         nn.init.zeros_(self.own_key.weight)
@@ -98,6 +117,9 @@ class NeighbourPointer(nn.Module):
                 self.previous_key.weight.copy_(self.query.weight)
         nn.init.zeros_(self.sentinel.weight)
         nn.init.constant_(self.sentinel.bias, _SENTINEL_START)
+        if self.match is not None:
+            nn.init.zeros_(self.match.weight)
+            nn.init.constant_(self.match.bias, _MATCH_START)
 
     def keys(self, encoded: EncodedNeighbours) -> Tensor:
         """[C, S, D]."""
@@ -105,10 +127,25 @@ class NeighbourPointer(nn.Module):
         return self.previous_key(encoded.previous_NSD) + self.own_key(encoded.states_NSD)
 
     def forward(
-        self, h_BTD: Tensor, encoded: EncodedNeighbours, attending: Attending, sees_BT: Tensor | None
+        self,
+        h_BTD: Tensor,
+        last_BTW: Tensor | None,
+        encoded: EncodedNeighbours,
+        attending: Attending,
+        sees_BT: Tensor | None,
     ) -> Pointed:
-        """For whole sequences; `sees_BT` (bool) says which positions may see what they would attend to."""
-        log_kept_CM, shares_CMS = self._shares(attending.of_chunks(h_BTD), self.keys(encoded), encoded.token_mask_NS)
+        """For whole sequences.
+
+        Args:
+            h_BTD: final activations.
+            last_BTW: the last tokens up to each position; for a model that looks at matches.
+            encoded: the neighbours.
+            attending: which positions read which of them.
+            sees_BT: bool, the positions that may see what they would attend to; None: all.
+        """
+        last_CMW = None if last_BTW is None else attending.of_chunks(last_BTW)
+        h_CMD, keys_CSD = attending.of_chunks(h_BTD), self.keys(encoded)
+        log_kept_CM, shares_CMS = self._shares(h_CMD, last_CMW, keys_CSD, encoded.token_mask_NS, encoded.preceding_NSW)
         log_kept_BT = attending.of_sequences(log_kept_CM[..., None])[..., 0]
         shares_BTS = attending.of_sequences(shares_CMS)
         if sees_BT is not None:
@@ -116,16 +153,27 @@ class NeighbourPointer(nn.Module):
             log_kept_BT = log_kept_BT.masked_fill(~sees_BT, 0)
         return Pointed(shares_BTS, log_kept_BT, attending.chunk_numbers(h_BTD.device), encoded.tokens_NS)
 
-    def step(self, h_ND: Tensor, keys_NSD: Tensor, mask_NS: Tensor, tokens_NS: Tensor) -> Pointed:
-        """For new tokens, each with its own keys; a token without neighbours has an all-False mask."""
-        log_kept_N1, shares_N1S = self._shares(h_ND[:, None], keys_NSD, mask_NS)
+    def step(self, h_ND: Tensor, last_NW: Tensor | None, rows: PointedRows) -> Pointed:
+        """For new tokens, each with its own rows; a token without neighbours has an all-False mask."""
+        last_N1W = None if last_NW is None else last_NW[:, None]
+        log_kept_N1, shares_N1S = self._shares(h_ND[:, None], last_N1W, rows.keys_NSD, rows.mask_NS, rows.preceding_NSW)
         numbers_N = torch.arange(len(h_ND), device=h_ND.device)
-        return Pointed(shares_N1S[:, 0], log_kept_N1[:, 0], numbers_N, tokens_NS)
+        return Pointed(shares_N1S[:, 0], log_kept_N1[:, 0], numbers_N, rows.tokens_NS)
 
-    def _shares(self, h_CMD: Tensor, keys_CSD: Tensor, mask_CS: Tensor) -> tuple[Tensor, Tensor]:
+    def _shares(
+        self,
+        h_CMD: Tensor,
+        last_CMW: Tensor | None,
+        keys_CSD: Tensor,
+        mask_CS: Tensor,
+        preceding_CSW: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """The logarithm of the sentinel's share [C, M], and the tokens' shares [C, M, S]; float32 or wider."""
         scores_CMS = (self.query(h_CMD) * h_CMD.shape[-1] ** -0.5) @ keys_CSD.transpose(-1, -2)
         scores_CMS = scores_CMS.to(torch.promote_types(scores_CMS.dtype, torch.float32))
+        if self.match is not None and last_CMW is not None and preceding_CSW is not None:
+            of_length = F.pad(self.match(h_CMD).to(scores_CMS.dtype).cumsum(-1), (1, 0))
+            scores_CMS = scores_CMS + of_length.gather(-1, match_lengths(last_CMW, preceding_CSW))
         scores_CMS = scores_CMS.masked_fill(~mask_CS[:, None], torch.finfo(scores_CMS.dtype).min)
         sentinel_CM1 = self.sentinel(h_CMD).to(scores_CMS.dtype)
         # Among the tokens first, in rows that fill vectors where a cache holds them: see `ROW_BLOCK`.

@@ -99,7 +99,7 @@ class RetroModel(nn.Module):
     ) -> DecoderOutput:
         """The input of `read_out` for positions [B, T]; arguments as `forward`."""
         h_BTD = self.embed_tokens(tokens_BT)
-        inputs = sequence_inputs(self.config, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, segments_BT)
+        inputs = sequence_inputs(self.config, tokens_BT, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, segments_BT)
         return self.run_layers(h_BTD, inputs)[0]
 
     def read_out(self, output: DecoderOutput) -> Tensor:
@@ -144,7 +144,7 @@ class RetroModel(nn.Module):
         h_BTD, pointed = self.norm(h_BTD), None
         if self.pointer is not None and encoded is not None:
             attending = encoded.attending(h_BTD, self.config.chunk_length)
-            pointed = self.pointer(h_BTD, encoded, attending, inputs.sees_BT)
+            pointed = self.pointer(h_BTD, inputs.last_BTW, encoded, attending, inputs.sees_BT)
         return DecoderOutput(h_BTD, pointed), encoded
 
     def _apply_layer(

@@ -64,7 +64,8 @@ def _retrieval_products(config: ModelConfig) -> tuple[float, float]:
     weights += num_cca * attended * (2 * config.hidden_dim + of_neighbours * per_token * config.encoder_dim)
     products += num_cca * 2 * attended * config.num_neighbours * config.neighbour_length
     if config.pointer:
-        weights += config.hidden_dim * (config.hidden_dim + 2 * per_token * config.encoder_dim)
+        of_position = config.hidden_dim + config.pointer_max_ngram
+        weights += config.hidden_dim * (of_position + 2 * per_token * config.encoder_dim)
         products += config.hidden_dim * config.num_neighbours * config.neighbour_length
     return weights, products
 

@@ -78,7 +78,8 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
     conditioning = len(config.encoder_ca_layers) * (e + 2 * encoder_attended * (e + d))
     encoder = encoder_layers + conditioning + d + e if config.cca_layers else 0
 
-    pointer = d * (d + 2 * e) + d + 1 if config.cca_layers and config.pointer else 0
+    of_scalars = (1 + config.pointer_max_ngram) * (d + 1)  # the sentinel, and what matches are worth
+    pointer = d * (d + 2 * e) + of_scalars if config.cca_layers and config.pointer else 0
     own_embedding = bool(config.cca_layers) and not config.share_encoder_embedding
     columns = d * (1 if config.tie_embeddings else 2) + e * own_embedding
     return ParameterCounts(

@@ -9,6 +9,8 @@ from retro_ray.model import DecodeCache, RetroModel
 from tests.unit.model.models import LLAMA_BLOCKS, RETRIEVAL, Batch, random_batch, random_model, small_config
 
 MOST_TOKENS = 18
+FEW_TOKENS = 4
+"""So that the end of a text often stands in its neighbours too, some tokens long."""
 BLOCKS = st.sampled_from([{}, LLAMA_BLOCKS])
 
 
@@ -57,7 +59,8 @@ def test_prompts_of_any_length_then_single_tokens(
     data: st.DataObject,
 ) -> None:
     """Sequences of different lengths, some pausing at times, some chunks without neighbours."""
-    config = small_config(**RETRIEVAL[kind], cca_layers=cca_layers, share_encoder_embedding=True, **blocks)
+    settings = {**RETRIEVAL[kind], **blocks, "cca_layers": cca_layers, "share_encoder_embedding": True}
+    config = small_config(**settings, vocab_size=FEW_TOKENS)
     model = random_model(config, seed)
     batch_size = len(lengths)
     batch = random_batch(
@@ -101,7 +104,7 @@ def test_several_new_tokens_in_one_pass_some_of_them_wrong(
     kind: str, blocks: dict, cca_layers: tuple[int, ...], lengths: list[int], seed: int, data: st.DataObject
 ) -> None:
     """Every slot gets another number of tokens, none at times; those behind the right ones are taken back."""
-    config = small_config(**RETRIEVAL[kind], cca_layers=cca_layers, **blocks)
+    config = small_config(**RETRIEVAL[kind], cca_layers=cca_layers, vocab_size=FEW_TOKENS, **blocks)
     model = random_model(config, seed)
     batch_size = len(lengths)
     batch = random_batch(config, batch_size=batch_size, num_tokens=MOST_TOKENS, seed=seed)
@@ -158,7 +161,7 @@ def test_a_slot_taken_over_while_the_others_decode(
     first_lengths: list[int], slot: int, new_length: int, steps: int, seed: int
 ) -> None:
     """Nothing of a slot's last user remains, and the other slots do not notice."""
-    config = small_config(**RETRIEVAL["pointer"])
+    config = small_config(**RETRIEVAL["pointer"], vocab_size=FEW_TOKENS)
     model = random_model(config, seed)
     batch = random_batch(config, batch_size=4, num_tokens=MOST_TOKENS, seed=seed)
     arrived_BL = torch.ones(4, 4, dtype=torch.bool)

@@ -51,12 +51,19 @@ def _decoder(config: ModelConfig, weights: Weights, x: Array, retrieved: list, r
     h = [_rms_norm(config, weights["norm.weight"], token) for token in h]
     logits = [read @ token for token in h]
     if config.pointer and encoded:
-        logits = _with_pointer(config, weights, logits, h, retrieved, encoded, segment)
+        logits = _with_pointer(config, weights, logits, h, x, retrieved, encoded, segment)
     return np.stack(logits)
 
 
 def _with_pointer(
-    config: ModelConfig, weights: Weights, logits: list, h: list, retrieved: list, encoded: list, segment: Array
+    config: ModelConfig,
+    weights: Weights,
+    logits: list,
+    h: list,
+    x: Array,
+    retrieved: list,
+    encoded: list,
+    segment: Array,
 ) -> list:
     """The mixture as probabilities: what is pointed at, and the rest as the softmax says. Its logarithms, raised to the
     scale of the logits, are those of the vocabulary where nothing is pointed at.
@@ -76,7 +83,18 @@ def _with_pointer(
                         continue
                     before = vectors[i - 1] if i > 0 and vectors[i - 1] is not None else zero
                     key = weights["pointer.previous_key.weight"] @ before + weights["pointer.own_key.weight"] @ vector
-                    scores.append(float(query @ key))
+                    score = float(query @ key)
+                    for n in range(1, config.pointer_max_ngram + 1):
+                        # Token n of the match: n - 1 back from t, n back from i.
+                        s = t - n + 1
+                        if s < 0 or i - n < 0 or vectors[i - n] is None:
+                            break
+                        if segment[s] != segment[t] or x[s] != neighbour[i - n]:
+                            break
+                        score += float(
+                            weights["pointer.match.weight"][n - 1] @ h[t] + weights["pointer.match.bias"][n - 1]
+                        )
+                    scores.append(score)
                     tokens.append(neighbour[i])
             shares = np.exp(np.array(scores) - max(scores))
             shares /= shares.sum()

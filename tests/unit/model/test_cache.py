@@ -5,7 +5,7 @@ import torch
 
 from retro_ray.errors import ConfigError
 from retro_ray.model.new_tokens import place_new_tokens
-from tests.unit.model.models import random_batch, random_model, small_config
+from tests.unit.model.models import RETRIEVAL, random_batch, random_model, small_config
 
 WHERE = torch.device("cpu"), torch.float64
 
@@ -132,7 +132,7 @@ def test_a_pausing_slot_keeps_its_state() -> None:
 
 
 def test_slots_decode_on_after_the_cache_was_resized_and_a_slot_moved() -> None:
-    config = small_config(cca_start="copy")
+    config = small_config(**RETRIEVAL["pointer"], vocab_size=3)
     model = random_model(config)
     batch = random_batch(config, batch_size=3, num_tokens=10)
     prompts = batch.tokens_BT[:, :9], torch.tensor([9, 5, 8])

@@ -67,6 +67,32 @@ def test_every_logit_depends_on_exactly_what_it_may(kind: str) -> None:
     torch.testing.assert_close(to_neighbours > 0, expected)
 
 
+def test_which_tokens_match_reaches_what_it_may() -> None:
+    """What is compared has no gradient: a token is exchanged for another one instead."""
+    config = small_config(**RETRIEVAL["paper and pointer"], vocab_size=3)
+    model = random_model(config)
+    batch = random_batch(config, batch_size=1, num_tokens=NUM_TOKENS)
+
+    def logits(tokens_BT: Tensor, neighbours_BLKR: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model(tokens_BT, neighbours_BLKR=neighbours_BLKR, neighbour_mask_BLKR=batch.mask_BLKR)[0]
+
+    before = logits(batch.tokens_BT, batch.neighbours_BLKR)
+    for t in range(NUM_TOKENS):
+        tokens_BT = batch.tokens_BT.clone()
+        tokens_BT[0, t] = (tokens_BT[0, t] + 1) % 3
+        changed = (logits(tokens_BT, batch.neighbours_BLKR) - before).abs().amax(-1) > 1e-12
+        assert not changed[:t].any()
+        assert changed[t]
+    for place in batch.mask_BLKR.new_ones(batch.mask_BLKR.shape).nonzero().tolist():
+        neighbours_BLKR = batch.neighbours_BLKR.clone()
+        neighbours_BLKR[tuple(place)] = (neighbours_BLKR[tuple(place)] + 1) % 3
+        changed = (logits(batch.tokens_BT, neighbours_BLKR) - before).abs().amax(-1) > 1e-12
+        first = (place[1] + 1) * M - 1
+        assert not changed[:first].any()
+        assert bool(changed[first:].any()) == bool(batch.mask_BLKR[tuple(place)])
+
+
 def test_without_later_self_attention_neighbours_reach_exactly_one_chunk() -> None:
     """CCA in the last layer only: no way on from the m attending positions."""
     config = small_config(cca_layers=(3,))
@@ -99,7 +125,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
 
 def test_packed_documents_read_as_if_alone() -> None:
     """Chunk-aligned documents, padded to whole chunks, in one sequence or each in its own."""
-    config = small_config(**RETRIEVAL["pointer"])
+    config = small_config(**RETRIEVAL["pointer"], vocab_size=3)
     model = random_model(config)
     batch = random_batch(config, batch_size=1, num_tokens=16)
     segments_BT = torch.tensor([[1] * 7 + [-1] + [2] * 8])
@@ -191,7 +217,7 @@ def test_order_of_neighbours_does_not_matter(kind: str) -> None:
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 7, 8, 11, 15])
 def test_a_prefix_has_the_same_logits(num_tokens: int) -> None:
     """So a last chunk that is not complete reads as the start of a complete one."""
-    config = small_config(**RETRIEVAL["pointer"])
+    config = small_config(**RETRIEVAL["pointer"], vocab_size=3)
     model = random_model(config)
     batch = random_batch(config, num_tokens=16)
     whole = model(batch.tokens_BT, **batch.retrieval)
