@@ -47,7 +47,7 @@ class Demo:
         seconds: dict[str, float] = {}
         _timed("start Ray", seconds, connect)
         _title("1. The retrieval database: documents -> chunks -> keys -> index shards -> neighbours")
-        manifest = _timed("index", seconds, DatabaseBuilder(home, corpus, DatabaseConfig()).run)
+        manifest = _timed("index", seconds, DatabaseBuilder(home, corpus, DatabaseConfig(rerank="overlap")).run)
         seconds |= {f"  {stage}": taken for stage, taken in manifest.stage_seconds.items()}
         _title("2. Training: RETRO on chunks and their neighbours")
         training = {} if self.steps is None else {"num_steps": self.steps}
