@@ -186,7 +186,7 @@ class ModelConfig:
     pointer: bool = False
     """Neighbour tokens that a position points at are a part of the output's distribution, beside the softmax over the
     vocabulary (a pointer sentinel mixture, Merity et al. 2016)."""
-    pointer_max_ngram: int = 4
+    pointer_max_ngram: int = 8
     """The pointer is told how many of a position's last tokens, up to so many, stand in front of a neighbour token too.
     0: it is not."""
     tie_embeddings: bool = True

@@ -28,7 +28,7 @@ _SENTINEL_START = 8.0
 """Logit of the sentinel at the start: well above what a few hundred tokens that do not fit come to together, below what
 one gets that fits."""
 _MATCH_START = 2.0
-"""What each further token of a match adds to a row's logit at the start: four of them outweigh the sentinel's."""
+"""What each further token of a match adds to a row's logit at the start: four of them come up to the sentinel."""
 
 Where = Tensor | slice | int | tuple[Tensor | slice | int | EllipsisType, ...]
 
