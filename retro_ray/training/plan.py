@@ -15,7 +15,7 @@ from retro_ray.training.flops import training_flops_per_token
 
 Parallel = Literal["ddp", "fsdp"]
 
-_FP32, _BF16 = 4, 2
+_FP32, _BF16, _INT64 = 4, 2, 8
 _SECONDS_PER_DAY = 86_400
 
 
@@ -184,10 +184,16 @@ def _of_cross_attention(config: ModelConfig) -> int:
 
 
 def _of_pointer(config: ModelConfig) -> int:
-    """Queries, before and after they are scaled, and keys."""
+    """Queries, before and after they are scaled, and keys; and, which no kernel computes anew, scores and shares, and how
+    long the matches are.
+    """
     if not (config.pointer and config.cca_layers):
         return 0
-    return _BF16 * config.hidden_dim * (2 + _neighbour_tokens(config))
+    of_row = 3 * _FP32 + _INT64 * bool(config.pointer_max_ngram)
+    return (
+        _BF16 * config.hidden_dim * (2 + _neighbour_tokens(config))
+        + of_row * config.num_neighbours * config.neighbour_length
+    )
 
 
 def _block_input(dim: int) -> int:
