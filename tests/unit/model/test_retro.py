@@ -145,6 +145,25 @@ def test_the_copying_start_predicts_what_followed_the_token_in_a_neighbour(kind:
     assert hits >= 18
 
 
+@pytest.mark.parametrize("max_ngram", [1, 3])
+def test_untrained_what_followed_a_longer_match_gets_more(max_ngram: int) -> None:
+    """Of two places where the last token stands, one has the two before it as well."""
+    config = small_config(**RETRIEVAL["paper and pointer"], vocab_size=50, pointer_max_ngram=max_ngram)
+    torch.manual_seed(0)
+    model = RetroModel(config)
+    tokens_BT = torch.tensor([[1, 2, 3, 4]])
+    neighbours_BLKR = torch.tensor([[[[9, 4, 20, 11, 2, 3, 4, 30]]]])
+    with torch.no_grad():
+        pointed = model.output(tokens_BT, neighbours_BLKR=neighbours_BLKR).pointed
+    assert pointed is not None
+    after_one, after_three = pointed.given_to(torch.tensor([20]))[0, 3], pointed.given_to(torch.tensor([30]))[0, 3]
+    if max_ngram == 1:
+        assert after_three < 3 * after_one
+    else:
+        # Each further token adds 2 to the logit.
+        assert after_three > 20 * after_one
+
+
 def test_between_different_widths_the_copying_start_is_silent() -> None:
     config = small_config(cca_start="copy", encoder_dim=8)
     model = RetroModel(config)
