@@ -184,8 +184,8 @@ def _of_cross_attention(config: ModelConfig) -> int:
 
 
 def _of_pointer(config: ModelConfig) -> int:
-    """Queries, before and after they are scaled, and keys; and, which no kernel computes anew, scores and shares, and how
-    long the matches are.
+    """Queries, before and after they are scaled, and keys; and what no kernel computes anew: scores, shares, how long
+    the matches are.
     """
     if not (config.pointer and config.cca_layers):
         return 0
