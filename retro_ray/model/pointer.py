@@ -171,7 +171,9 @@ class NeighbourPointer(nn.Module):
         """The logarithm of the sentinel's share [C, M], and the tokens' shares [C, M, S]; float32 or wider."""
         scores_CMS = (self.query(h_CMD) * h_CMD.shape[-1] ** -0.5) @ keys_CSD.transpose(-1, -2)
         scores_CMS = scores_CMS.to(torch.promote_types(scores_CMS.dtype, torch.float32))
-        if self.match is not None and last_CMW is not None and preceding_CSW is not None:
+        if self.match is not None:
+            assert last_CMW is not None
+            assert preceding_CSW is not None
             of_length = F.pad(self.match(h_CMD).to(scores_CMS.dtype).cumsum(-1), (1, 0))
             scores_CMS = scores_CMS + of_length.gather(-1, match_lengths(last_CMW, preceding_CSW))
         scores_CMS = scores_CMS.masked_fill(~mask_CS[:, None], torch.finfo(scores_CMS.dtype).min)

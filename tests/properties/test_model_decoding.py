@@ -59,8 +59,8 @@ def test_prompts_of_any_length_then_single_tokens(
     data: st.DataObject,
 ) -> None:
     """Sequences of different lengths, some pausing at times, some chunks without neighbours."""
-    settings = {**RETRIEVAL[kind], **blocks, "cca_layers": cca_layers, "share_encoder_embedding": True}
-    config = small_config(**settings, vocab_size=FEW_TOKENS)
+    changes = {**RETRIEVAL[kind], **blocks, "cca_layers": cca_layers, "share_encoder_embedding": True}
+    config = small_config(**changes, vocab_size=FEW_TOKENS)
     model = random_model(config, seed)
     batch_size = len(lengths)
     batch = random_batch(
