@@ -5,7 +5,7 @@ start of it and with the recipe's, and scored on held-out documents; some seeds 
 held-out documents are added to the database and nothing is trained; then a baseline that was trained longer is fitted.
 The same with a third of the steps on python-docs, which needs no data.
 
-All of it takes an hour on two cores, and can be done in pieces (--minutes): databases, checkpoints and scores are kept
+All of it takes one to two hours on two cores, and can be done in pieces (--minutes): databases, checkpoints and scores are kept
 in --cache, and the next start goes on with what is missing. What is not done yet is not in the metrics.
 """
 
