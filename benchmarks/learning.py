@@ -5,8 +5,8 @@ start of it and with the recipe's, and scored on held-out documents; some seeds 
 held-out documents are added to the database and nothing is trained; then a baseline that was trained longer is fitted.
 The same with a third of the steps on python-docs, which needs no data.
 
-All of it takes one to two hours on two cores, and can be done in pieces (--minutes): databases, checkpoints and scores are kept
-in --cache, and the next start goes on with what is missing. What is not done yet is not in the metrics.
+All of it takes one to two hours on two cores, in pieces of an hour (--minutes): databases, checkpoints and scores are
+kept in --cache, and the next start goes on with what is missing. What is not done yet is not in the metrics.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class LearningBenchmark:
     """How the databases choose neighbours; see jobs/index.py --rerank."""
     stage: tuple[Stage, ...] = _STAGES
     """Do these alone; the metrics are of all that is done."""
-    minutes: float | None = None
-    """Stop after so many, or a little later; the next start goes on."""
+    minutes: float | None = 60
+    """Stop after so many, or a little later; the next start goes on. `None`: when all is done."""
     num_processes: int = os.cpu_count() or 1
     """Of one thread each, that train and score at the same time."""
     cache: Path = Path("results/learning")
@@ -113,7 +113,7 @@ def work_on(tasks: Sequence[Task], num_processes: int, until: float) -> bool:
 
 
 class Learning:
-    """The stages of one corpus.
+    """The databases that are trained on, the runs, and what has been measured so far.
 
     Args:
         benchmark: the settings.
@@ -122,27 +122,39 @@ class Learning:
 
     def __init__(self, benchmark: LearningBenchmark, until: float) -> None:
         self._settings, self._until = benchmark, until
-        self._cache = benchmark.cache.expanduser().absolute()
+        cache = benchmark.cache.expanduser().absolute()
+        self._corpus = None if benchmark.data is None else Plan(cache / benchmark.corpus, benchmark.steps)
+        self._updated_home = cache / f"{benchmark.corpus}-with-{benchmark.updated}"
+        self._docs = Plan(cache / "python-docs", max(1, benchmark.steps // 3))
         self._seeds = range(benchmark.num_seeds)
 
-    def run(self) -> dict[str, Any]:
-        """Do what is missing, as far as the time allows; returns the metrics of all that is done."""
-        settings, metrics = self._settings, {}
-        if settings.data is not None:
-            plan, source = Plan(self._cache / settings.corpus, settings.steps), settings.data / settings.corpus
+    def work(self) -> bool:
+        """Do what is missing, a seed's runs of all kinds before the next seed's; returns whether the time sufficed."""
+        settings, plan = self._settings, self._corpus
+        if settings.data is not None and plan is not None:
+            source = settings.data / settings.corpus
             self._do("index", lambda: self._index(plan.home, str(source)))
             self._do("cost", lambda: self._work([Task(one) for one in plan.timed()]))
-            self._do("train", lambda: self._train(plan, ("baseline", "default", "paper")))
-            self._do("update", lambda: self._update(plan))
-            self._do("retrofit", lambda: self._retrofit(plan))
+            if settings.updated is not None:
+                newer = settings.data / settings.updated
+                self._do("update", lambda: self._add_newer(plan.home, newer))
+        self._do("python-docs", lambda: self._index(self._docs.home, "python-docs"))
+        self._do("python-docs", lambda: self._work([Task(one) for one in self._docs.timed()]))
+        return self._work([task for seed in self._seeds for task in self._tasks(seed)])
+
+    def metrics(self) -> dict[str, Any]:
+        """Of all that is done."""
+        metrics, plan = {}, self._corpus
+        if plan is not None:
             metrics |= corpus_metrics(plan, self._seeds, self._scores)
             metrics |= update_metrics(plan, self._updated_home, self._seeds, self._scores)
-            if settings.json is not None:
-                plot_curves(plan, self._seeds, settings.json.with_name(f"{settings.json.stem}-curves.png"))
-                plot_spread(metrics, settings.json.with_name(f"{settings.json.stem}-seeds.png"))
-        plan = Plan(self._cache / "python-docs", max(1, settings.steps // 3))
-        self._do("python-docs", lambda: self._python_docs(plan))
-        return metrics | python_docs_metrics(plan, self._seeds, self._scores)
+        return metrics | python_docs_metrics(self._docs, self._seeds, self._scores)
+
+    def plot(self, metrics: dict[str, Any], path: Path) -> None:
+        """Pictures of the corpus, beside a file of metrics."""
+        if self._corpus is not None:
+            plot_curves(self._corpus, self._seeds, path.with_name(f"{path.stem}-curves.png"))
+            plot_spread(metrics, path.with_name(f"{path.stem}-seeds.png"))
 
     def _do(self, stage: Stage, work: Callable[[], object]) -> None:
         if stage in self._settings.stage and time.time() < self._until:
@@ -159,9 +171,43 @@ class Learning:
             rerank = self._settings.rerank
             _call("jobs/index.py", "--home", str(home), "--input", source, "--tokenizer", TOKENIZER, "--rerank", rerank)
 
-    def _train(self, plan: Plan, kinds: Sequence[str]) -> None:
-        runs = [getattr(plan, kind)(seed) for seed in self._seeds for kind in kinds]
-        self._work([task for one in runs for task in (Task(one), Task(self._scoring(one, plan.home), (one,)))])
+    def _add_newer(self, home: Path, source: Path) -> None:
+        """Newer versions of the held-out documents, in a copy of the database."""
+        updated = self._updated_home
+        if (updated / "scores").exists():
+            return
+        shutil.rmtree(updated, ignore_errors=True)
+        shutil.copytree(database_directory(home), database_directory(updated))
+        documents = updated / "newer.jsonl"
+        count = write_newer(Database.open(updated), source, documents)
+        print(f"{count} held-out documents have a newer version", flush=True)
+        _call("-m", "retro_ray", "add", str(documents), "--home", str(updated))
+        (updated / "scores").mkdir()
+
+    def _tasks(self, seed: int) -> list[Task]:
+        """What one seed asks for, in the stages that were asked for."""
+        tasks, stages = [], self._settings.stage
+        if (plan := self._corpus) is not None:
+            default, longer = plan.default(seed), plan.longer(seed)
+            if "train" in stages:
+                tasks += self._trained(plan.home, plan.baseline(seed), default)
+            if "update" in stages and (self._updated_home / "scores").exists():
+                tasks.append(Task(self._scoring(default, self._updated_home, ("on", "on-1")), (default,)))
+            if "train" in stages:
+                tasks += self._trained(plan.home, plan.paper(seed))
+            if "retrofit" in stages:
+                tasks += self._trained(plan.home, longer)
+                tasks += self._trained(plan.home, plan.fitted(seed), needs=(longer,))
+        if "python-docs" in stages:
+            docs = self._docs
+            tasks += self._trained(docs.home, docs.baseline(seed), docs.default(seed))
+            if (cost := docs.cost) is not None:
+                tasks += self._trained(docs.home, docs.equal_time(seed, cost))
+        return tasks
+
+    def _trained(self, home: Path, *runs: TrainingRun, needs: tuple[Job, ...] = ()) -> list[Task]:
+        """Runs, and their scores."""
+        return [task for one in runs for task in (Task(one, needs), Task(self._scoring(one, home), (one,)))]
 
     def _scoring(self, one: TrainingRun, home: Path, modes: tuple[str, ...] = _MODES) -> Scoring:
         has_retrieval = one.model.get("cca_layers") != ()
@@ -169,42 +215,6 @@ class Learning:
 
     def _scores(self, one: TrainingRun, home: Path) -> Scores:
         return self._scoring(one, home).bits_per_byte
-
-    @property
-    def _updated_home(self) -> Path:
-        return self._cache / f"{self._settings.corpus}-with-{self._settings.updated}"
-
-    def _update(self, plan: Plan) -> None:
-        """Add the newer versions of the held-out documents, in a copy, and score the same checkpoints."""
-        settings, home = self._settings, self._updated_home
-        if settings.data is None or settings.updated is None:
-            return
-        if not (home / "scores").exists():
-            shutil.rmtree(home, ignore_errors=True)
-            shutil.copytree(database_directory(plan.home), database_directory(home))
-            documents = home / "newer.jsonl"
-            count = write_newer(Database.open(home), settings.data / settings.updated, documents)
-            print(f"{count} held-out documents have a newer version", flush=True)
-            _call("-m", "retro_ray", "add", str(documents), "--home", str(home))
-            (home / "scores").mkdir()
-        runs = [plan.default(seed) for seed in self._seeds]
-        self._work([Task(self._scoring(one, home, ("on", "on-1")), (one,)) for one in runs])
-
-    def _retrofit(self, plan: Plan) -> None:
-        tasks = []
-        for seed in self._seeds:
-            longer, fitted = plan.longer(seed), plan.fitted(seed)
-            tasks += [Task(longer), Task(self._scoring(longer, plan.home), (longer,)), Task(fitted, (longer,))]
-            tasks += [Task(self._scoring(fitted, plan.home), (fitted,))]
-        self._work(tasks)
-
-    def _python_docs(self, plan: Plan) -> None:
-        self._index(plan.home, "python-docs")
-        self._work([Task(one) for one in plan.timed()])
-        self._train(plan, ("baseline", "default"))
-        if (cost := plan.cost) is not None:
-            runs = [plan.equal_time(seed, cost) for seed in self._seeds]
-            self._work([task for one in runs for task in (Task(one), Task(self._scoring(one, plan.home), (one,)))])
 
 
 def write_newer(database: Database, corpus: Path, path: Path) -> int:
@@ -233,11 +243,15 @@ def _call(*command: str) -> None:
 def main(benchmark: LearningBenchmark) -> None:
     """Measure and report."""
     until = time.time() + 60 * benchmark.minutes if benchmark.minutes is not None else float("inf")
-    metrics = Learning(benchmark, until).run()
+    learning = Learning(benchmark, until)
+    if not learning.work():
+        print("the time is over: start it again, and it goes on where it is", file=sys.stderr)
+    metrics = learning.metrics()
     for name, value in metrics.items():
         print(f"{name:>36}  {value:.4f}" if isinstance(value, float) else f"{name:>36}  {value}")
     if benchmark.json is not None:
         benchmark.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        learning.plot(metrics, benchmark.json)
 
 
 if __name__ == "__main__":

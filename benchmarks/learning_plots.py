@@ -35,7 +35,9 @@ def plot_curves(plan: Plan, seeds: Iterable[int], path: Path) -> None:
                     values[row["step"]].append(value)
         if not values:
             continue
-        steps = sorted(values)
+        # Where a seed has not come so far, the mean of the others would jump.
+        num_seeds = max(map(len, values.values()))
+        steps = sorted(step for step, some in values.items() if len(some) == num_seeds)
         means = [sum(values[step]) / len(values[step]) for step in steps]
         axis.plot(steps, means, "o-", color=colour, markersize=3, label=f"{kind}, retrieval {mode}: {means[-1]:.3f}")
         lowest, highest = ([pick(values[step]) for step in steps] for pick in (min, max))

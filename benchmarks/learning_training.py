@@ -76,11 +76,14 @@ class TrainingRun:
                 config = new_config(self.recipe, manifest, self.model, self.training)
             write_config(folder, config, manifest.version)
             job = TrainingJob(home=self.home, run_directory=folder, config=config)
-            trainer = Trainer(job, torch.device("cpu"), say=lambda line: print(f"{self.run}: {line}", flush=True))
+            trainer = Trainer(job, torch.device("cpu"), say=self._say)
             outcome = trainer.run(stop=lambda: time.time() > until)
             if outcome.steps == config.training.num_steps:
                 result = {"steps": outcome.steps, **outcome.validation, "tokens_per_s": outcome.tokens_per_second}
                 write_json_atomically(folder / OUTCOME_NAME, result)
+
+    def _say(self, line: str) -> None:
+        print(f"{self.home.name} {self.run}: {line}", flush=True)
 
 
 def _train(told: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.learning import Task, work_on
+from benchmarks.learning import Learning, LearningBenchmark, Task, work_on
 from benchmarks.learning_metrics import corpus_metrics, update_metrics
 from benchmarks.learning_plan import Plan
 from benchmarks.learning_scoring import Scoring
@@ -50,6 +50,13 @@ def test_nothing_begins_when_the_time_is_over_and_a_failure_is_told(tmp_path: Pa
     assert not job.is_done
     with pytest.raises(ConfigError, match="ended with status 3"):
         work_on([Task(Writing(tmp_path / "2", status=3))], 1, math.inf)
+
+
+def test_without_time_nothing_is_begun_and_nothing_is_claimed(tmp_path: Path) -> None:
+    learning = Learning(LearningBenchmark(data=tmp_path, cache=tmp_path / "cache"), until=time.time())
+    assert not learning.work()
+    assert learning.metrics() == {}
+    assert not (tmp_path / "cache").exists()
 
 
 def test_metrics_are_of_the_scores_that_there_are(tmp_path: Path) -> None:
