@@ -150,7 +150,8 @@ class Trainer:
         store = self._database.validation
         if store is None or store.num_documents == 0:
             return {}
-        documents = choose_documents(store, self._config.num_evaluation_chunks, self._config.seed)
+        # The same ones whatever the seed, so that runs of several can be compared.
+        documents = choose_documents(store, self._config.num_evaluation_chunks)
         modes: tuple[RetrievalMode, ...] = ("on", "off") if self._job.config.model.cca_layers else ("off",)
         with self._step.whole_weights():
             return {mode: self._score(store, documents[self._rank :: self._world_size], mode).value for mode in modes}
