@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from retro_ray.commands.assess import as_text, describe
+from retro_ray.commands.assess import assessment_as_text, describe
 from retro_ray.errors import InputError
 from retro_ray.evaluation.assess import assess
 from retro_ray.text.corpus import Document
@@ -72,7 +72,7 @@ def test_the_report_says_it_all(assessment) -> None:
     description = describe(assessment, share=0.5)
     assert description["new_copyable_share"] == 16 / 48
     assert "Much to gain: 33.3%" in description["verdict"]
-    text = as_text(description)
+    text = assessment_as_text(description)
     assert "a1 can copy from b1" in text
     assert "(50% of the text, 9 chunks)" in text
     nothing = dataclasses.replace(assessment.total, num_copyable=0)
@@ -89,3 +89,10 @@ def test_too_little_is_refused(tokenizer: TextTokenizer) -> None:
         assess_them(document("a", range(20)))
     with pytest.raises(InputError, match="more than 8 tokens"):
         assess_them(document("a", range(3)), document("b", range(3)))
+
+
+def test_documents_that_are_nearly_the_same_are_named(tokenizer: TextTokenizer) -> None:
+    a, copy, other = document("a", range(60)), document("b", range(60)), document("c", range(100, 160))
+    found = assess([a, copy, other], tokenizer, first_number_keys, chunk_length=M, group_of=lambda d: d.source)
+    assert found.near_duplicates == (("a", "b"),)
+    assert "Pairs of documents that are nearly the same: 1, first a and b." in assessment_as_text(describe(found, 1.0))
