@@ -1,8 +1,8 @@
 """What would adding documents to a database bring? Answered before they are added.
 
 What is newly copyable (see `copyable`) is counted twice: from the neighbours that the database has, and from the
-nearest among its chunks and the new ones. In the database's held-out documents, and in the new documents themselves,
-each of which is retrieved for from all the others.
+nearest among its chunks and the new ones, not reranked. In the database's held-out documents, and in the new documents
+themselves, each of which is retrieved for from all the others.
 """
 
 from __future__ import annotations
