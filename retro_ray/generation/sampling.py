@@ -58,8 +58,10 @@ def penalise_repetition(logits_V: torch.Tensor, seen: Sequence[int], config: Sam
         return logits_V
     tokens = torch.tensor(sorted(set(seen)), device=logits_V.device)
     of_seen = logits_V[tokens]
-    penalty = config.repetition_penalty
-    return logits_V.index_copy(0, tokens, torch.where(of_seen > 0, of_seen / penalty, of_seen * penalty))
+    penalty, bounds = config.repetition_penalty, torch.finfo(logits_V.dtype)
+    penalised = torch.where(of_seen > 0, of_seen / penalty, of_seen * penalty)
+    # Finite for the smallest penalty, too: infinities have no differences.
+    return logits_V.index_copy(0, tokens, penalised.clamp(bounds.min, bounds.max))
 
 
 def token_probabilities(logits_V: torch.Tensor, config: SamplingConfig) -> np.ndarray:
@@ -109,7 +111,8 @@ def _kept_tokens(logits_V: torch.Tensor, config: SamplingConfig) -> tuple[np.nda
         tokens = _largest(logits_V.float().numpy(), config.top_k, lowest)
         logits_V = logits_V[torch.from_numpy(tokens)]
     # float64 keeps a cumulative sum over a large vocabulary exact enough for top_p's "at least".
-    probabilities = torch.softmax(logits_V.double() / config.temperature, dim=-1).numpy()
+    below_V = logits_V.double() - logits_V.max()  # so that the smallest temperature makes no infinity of the largest
+    probabilities = torch.softmax(below_V / config.temperature, dim=-1).numpy()
     if config.top_p < 1:
         kept = _nucleus(probabilities, config.top_p)
         tokens, probabilities = tokens[kept], probabilities[kept]

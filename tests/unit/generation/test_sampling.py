@@ -114,6 +114,17 @@ def test_a_seed_decides_the_draws_and_its_absence_leaves_them_free() -> None:
     assert draws(None) != draws(None)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.3}, {"min_p": 0.5}, {"top_k": 2}])
+@pytest.mark.parametrize("extreme", [{"repetition_penalty": 5e-324}, {"temperature": 5e-324}])
+def test_the_smallest_values_that_are_allowed(filters: dict, extreme: dict) -> None:
+    """A token that is seen and likely is all that is left, as close to a limit as numbers come."""
+    config = SamplingConfig(**filters, **extreme)
+    logits_V = penalise_repetition(torch.tensor([1.0, 3.0, -2.0]), [1, 2], config)
+    assert logits_V.isfinite().all()
+    np.testing.assert_array_equal(token_probabilities(logits_V, config), [0, 1, 0])
+    assert sample_token(logits_V, config, config.new_generator()) == 1
+
+
 def test_half_precision_logits_and_a_vocabulary_with_impossible_tokens() -> None:
     logits = torch.full((50_000,), -math.inf, dtype=torch.bfloat16)
     logits[123] = 1.0
