@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retro_ray.model.causal_attention import causal_attention
+from retro_ray.model.causal_attention import causal_attention, refusal
 from retro_ray.model.layers import Rotary, residual_scale, rotate, rotate_rows, start_normal
 from retro_ray.model.rms_norm import RMSNorm
 
@@ -58,7 +58,7 @@ def attention_weights(q_BHTE: Tensor, k_BGSE: Tensor, mask: Tensor | None = None
     """softmax(q k^T / sqrt(E)), [B, H, T, S]."""
     scores = product_by_heads(q_BHTE * q_BHTE.shape[-1] ** -0.5, k_BGSE.transpose(-1, -2))
     if mask is not None:
-        scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        scores.add_(refusal(~mask, scores.dtype))
     return scores.softmax(dim=-1)
 
 
