@@ -64,6 +64,7 @@ bench: $(VENV)/.bench .venv-peers/.installed
 	$(BIN)/python -m benchmarks.harness --json results/harness.json
 	$(BIN)/python -m benchmarks.load --json results/load.json
 	$(BIN)/python -m benchmarks.training --json results/training.json
+	$(BIN)/python -m benchmarks.evaluation --json results/evaluation.json
 	$(BIN)/python -m benchmarks.learning --json results/learning.json
 
 clean:

@@ -19,10 +19,10 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict, Unpack
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.evaluation.scores import BitsPerByte, ChunkScores, PassScores, TokenScores
+from retro_ray.evaluation.target_nats import target_nats
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.step import Precision, arithmetic
 from retro_ray.training.windows import (
@@ -40,8 +40,6 @@ RetrievalMode = Literal["on", "off", "random"]
 NeighbourParts = Literal["NF", "N", "F"]
 """What of the neighbours is shown: chunk and continuation, or one of them alone (paper, Table 13)."""
 
-# Positions whose logits over the whole vocabulary exist at the same time.
-_POSITIONS_PER_READ_OUT = 2048
 _CHUNKS_PER_GROUP = 512
 
 
@@ -184,6 +182,15 @@ def document_groups(documents: np.ndarray, num_chunks: np.ndarray) -> list[np.nd
     return [documents[group == number] for number in np.unique(group)]
 
 
+def num_tokens_read(store: ChunkStore, documents: Sequence[int] | np.ndarray, max_chunks: int) -> int:
+    """Tokens of all windows of documents, those that are context in one and scored in another counted twice."""
+    rows = [
+        np.arange(window.first_row, window.first_row + window.num_chunks)
+        for window in _windows(store, documents, max_chunks)
+    ]
+    return int(store.lengths(np.concatenate([np.empty(0, np.int64), *rows])).sum())
+
+
 class _Window(NamedTuple):
     first_row: int
     num_chunks: int
@@ -243,7 +250,6 @@ def _score_windows(
     if only is not None:
         asked[asked] = only[positions[asked]]
     batch, where = batch.to(device), torch.from_numpy(asked).to(device)
-    nats, is_likeliest = [], []
     with context:
         output = model.output(
             batch.tokens_BT,
@@ -251,16 +257,8 @@ def _score_windows(
             neighbour_mask_BLKR=batch.neighbour_mask_BLKR,
             segments_BT=batch.segments_BT,
         )
-        parts = zip(
-            output[where].split(_POSITIONS_PER_READ_OUT),
-            batch.targets_BT[where].split(_POSITIONS_PER_READ_OUT),
-            strict=True,
-        )
-        for part, target in parts:
-            logits = model.read_out(part).float()
-            nats.append(F.cross_entropy(logits, target, reduction="none"))
-            is_likeliest.append(logits.gather(1, target[:, None])[:, 0] >= logits.amax(1))
-    return TokenScores(positions[asked], torch.cat(nats).double().cpu().numpy(), torch.cat(is_likeliest).cpu().numpy())
+        nats, is_likeliest = target_nats(model, output[where], batch.targets_BT[where])
+    return TokenScores(positions[asked], nats.double().cpu().numpy(), is_likeliest.cpu().numpy())
 
 
 def _random_neighbours(table: ChunkTable, database: Database, count: int, seed: int) -> NeighbourSource:

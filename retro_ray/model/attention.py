@@ -40,7 +40,8 @@ def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Tensor | None =
     """
     num_queries, num_keys = q_BHTE.shape[-2], k_BGSE.shape[-2]
     on_cpu = q_BHTE.device.type == "cpu"
-    if on_cpu and causal and num_queries <= _TRAINED_MAX_POSITIONS and torch.is_grad_enabled():
+    in_blocks = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")  # training and scoring, see RMSNorm
+    if on_cpu and causal and num_queries <= _TRAINED_MAX_POSITIONS and in_blocks:
         if (shared_by := q_BHTE.shape[1] // k_BGSE.shape[1]) > 1:
             k_BGSE, v_BGSE = (x.repeat_interleave(shared_by, dim=1) for x in (k_BGSE, v_BGSE))
         return causal_attention(q_BHTE, k_BGSE, v_BGSE, mask)

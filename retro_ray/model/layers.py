@@ -46,14 +46,14 @@ def decoder_rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -
 def rotate(x_BHTE: Tensor, rotary: Rotary) -> Tensor:
     """`x` with the pairs (e, e + E/2) of its last dimension rotated."""
     cos, sin = rotary.cos.to(x_BHTE.dtype), rotary.sin.to(x_BHTE.dtype)
-    if x_BHTE.device.type == "cpu" and torch.is_grad_enabled():
+    if x_BHTE.device.type == "cpu":
         return _Rotation.apply(x_BHTE, cos, sin)
     first, second = x_BHTE.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class _Rotation(torch.autograd.Function):
-    """`rotate` for training on a CPU, in fewer passes; its result lies as the products of attention read it."""
+    """`rotate` on a CPU, in fewer passes; its result lies as the products of attention read it."""
 
     @staticmethod
     def forward(ctx: Any, x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
