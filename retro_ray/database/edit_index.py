@@ -44,10 +44,9 @@ def store_neighbours(edit: Transaction, partitions: Sequence[Partition]) -> None
             path = edit.directory / placed.neighbours
             path.parent.mkdir(exist_ok=True)
             store = ChunkStore(edit.directory, partition, database.chunk_length)
-            write_neighbours(store, retriever, edit.manifest.num_neighbours, path, database)
+            write_neighbours(store, retriever, edit.manifest.num_neighbours, path, database, bar.update)
             edit.add_files(placed.neighbours)
             searched[partition.name] = placed
-            bar.update(partition.num_chunks)
     manifest = edit.manifest
     validation = manifest.validation and searched.get(manifest.validation.name, manifest.validation)
     segments = tuple(searched.get(segment.name, segment) for segment in manifest.segments)

@@ -20,7 +20,7 @@ from retro_ray.evaluation.scores import PassScores, TokenScores
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.checkpoint import load_model
 
-_SCORING = 1
+_SCORING = 2
 """To be raised when the same pass gives other scores than before, so that those that were kept are not taken."""
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,12 @@ _QUERIES_PER_SEARCH = 4096
 
 
 def write_neighbours(
-    store: ChunkStore, retriever: Retriever, num_neighbours: int, path: Path, database: Database | None = None
+    store: ChunkStore,
+    retriever: Retriever,
+    num_neighbours: int,
+    path: Path,
+    database: Database | None = None,
+    advance: Callable[[int], object] | None = None,
 ) -> int:
     """Search the neighbours of all chunks of `store` by their stored keys and write them, row by row aligned.
 
@@ -31,6 +36,7 @@ def write_neighbours(
         num_neighbours: per chunk.
         path: of the file.
         database: that is searched; reranks what is found as its manifest says. Default: nothing is reranked.
+        advance: told how many more chunks have theirs.
 
     Returns:
         Neighbours that were missing because the database was exhausted.
@@ -56,6 +62,8 @@ def write_neighbours(
             num_missing += int((chunk_ids < 0).sum())
             columns = [fixed_size_lists(chunk_ids, pa.int64()), fixed_size_lists(distances, pa.float32())]
             yield pa.Table.from_arrays(columns, schema=neighbours_schema(num_neighbours))
+            if advance is not None:
+                advance(len(rows))
 
     write_rows(path, neighbours_schema(num_neighbours), tables())
     return num_missing
