@@ -21,6 +21,9 @@ other and lie in one part, so that 3, enough if chunks were dealt at random, lea
 of an encyclopedia to a second round, and 6 a twentieth."""
 _FEW_QUERIES = 8
 """For so few, one round more costs more than twice the candidates."""
+_MOST_PASSED_OVER = 4
+"""Times as many candidates at first, at most, for the sake of rows that are passed over: the chunks of a query's own
+document are nearest to it."""
 
 Ask = Callable[[PreparedQueries, "Wanted", np.ndarray | None], Sequence[Candidates]]
 """Gives the candidates of every part, with chunk_ids: (queries, wanted, excluded_ids [Q, 2] or None)."""
@@ -79,7 +82,7 @@ def search_parts(
     nprobe, todo = min(spec.nprobe, encoder.num_lists), np.arange(len(queries))
     while len(todo):
         prepared, asked = encoder.prepare(queries[todo], nprobe), np.arange(len(todo))
-        widening = _MORE_CANDIDATES if len(todo) <= _FEW_QUERIES else 1
+        widening = _first_widening(num_candidates, len(todo), None if excluded_ids is None else excluded_ids[todo])
         while len(asked):
             rows = todo[asked]
             excluded = None if excluded_ids is None else excluded_ids[rows]
@@ -93,3 +96,12 @@ def search_parts(
             break
         todo, nprobe = todo[chunk_ids[todo, -1] < 0], min(_MORE_LISTS * nprobe, encoder.num_lists)
     return distances, chunk_ids
+
+
+def _first_widening(num_candidates: int, num_queries: int, excluded_ids: np.ndarray | None) -> int:
+    """Times as many candidates as are wanted, so that most queries are asked once."""
+    widening = _MORE_CANDIDATES if num_queries <= _FEW_QUERIES else 1
+    if excluded_ids is None:
+        return widening
+    passed_over = np.where(excluded_ids[:, 0] < 0, 0, excluded_ids[:, 1] - excluded_ids[:, 0] + 1)
+    return widening + min(math.ceil(float(np.median(passed_over)) / num_candidates), _MOST_PASSED_OVER)

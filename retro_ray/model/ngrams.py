@@ -37,9 +37,11 @@ def match_lengths(last_CMW: Tensor, preceding_CSW: Tensor) -> Tensor:
     """How many of a position's last tokens stand in the same order in front of a row: int64 [C, M, S], from 0 to W."""
     # What is missing on both sides is not the same.
     last_CMW = last_CMW.masked_fill(last_CMW == NO_TOKEN, NO_TOKEN - 1)
-    matches_CMS = last_CMW[:, :, None, 0] == preceding_CSW[:, None, :, 0]
-    lengths_CMS = matches_CMS.to(torch.int64)
-    for n in range(1, last_CMW.shape[-1]):
-        matches_CMS &= last_CMW[:, :, None, n] == preceding_CSW[:, None, :, n]
-        lengths_CMS += matches_CMS
-    return lengths_CMS
+    # Compared token by token, each of which lies in one piece; counted in bytes.
+    last_WCM, preceding_WCS = (x.movedim(-1, 0).contiguous() for x in (last_CMW, preceding_CSW))
+    matches_CMS = last_WCM[0, :, :, None] == preceding_WCS[0, :, None]
+    lengths_CMS = matches_CMS.to(torch.int8)
+    for last_CM, preceding_CS in zip(last_WCM[1:], preceding_WCS[1:], strict=True):
+        matches_CMS &= last_CM[:, :, None] == preceding_CS[:, None]
+        lengths_CMS += matches_CMS.view(torch.int8)
+    return lengths_CMS.long()
