@@ -3,7 +3,7 @@
 The beginnings of held-out documents, each of which fits into the model's context, are scored three times:
 
     evaluate   jobs/evaluate.py --input
-    retro      lm_eval --model retro: our own windows and neighbours, so the same nats
+    retro      lm_eval --model retro: our own windows and neighbours, so the same nats but for rounding
     service    lm_eval --model local-completions against `serve run retro_ray.serve:app`: prompts as tokens, echo,
                log-probabilities; the service computes in bf16 weights, and caches
 
