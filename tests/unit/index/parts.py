@@ -40,6 +40,8 @@ class Parts:
         self._encoder = QueryEncoder(spec, codec)
         self._num_rows = len(keys)
         self._shards = []
+        self.num_asked: list[int] = []
+        """Queries of each round of the searches so far."""
         for start, stop in pairwise([0, *cuts, len(keys)]):
             own = np.ascontiguousarray(keys[start:stop])
             index = None if codec is None else fill_index(faiss.clone_index(codec), [own])
@@ -51,6 +53,7 @@ class Parts:
 
     def _ask(self, queries: PreparedQueries, wanted: Wanted, excluded: np.ndarray | None) -> list[Candidates]:
         answers = []
+        self.num_asked.append(len(queries))
         for base, shard in self._shards:
             rows = None
             if excluded is not None:

@@ -229,3 +229,17 @@ def test_queries_divide_and_join(codec, clustered) -> None:
 
 
 # Which index, and how it is made. -----------------------------------------------------------------------------
+
+
+def test_documents_whose_chunks_are_nearest_to_each_other_are_searched_in_one_round():
+    rng = np.random.default_rng(0)
+    num_documents, num_chunks, dim, k = 30, 25, 8, 5
+    middles = np.repeat(rng.normal(size=(num_documents, dim)), num_chunks, axis=0)
+    keys = (middles + 0.01 * rng.normal(size=middles.shape)).astype(np.float32)
+    first = np.repeat(np.arange(num_documents) * num_chunks, num_chunks)
+    own = np.stack([first, first + num_chunks - 1], axis=1)
+    parts = exact_shard(keys)
+    found = parts.search(keys, k, own)
+    assert parts.num_asked == [len(keys)]
+    some = rng.choice(len(keys), 20, replace=False)
+    np.testing.assert_array_equal(found[1][some], brute_force(keys, keys[some], k, own[some])[1])
