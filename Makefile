@@ -40,8 +40,8 @@ $(VENV)/.browser: | $(VENV)/.test
 # Two halves side by side: tests with Ray spend much of their time waiting for its processes.
 OTHERS_LOG := $(VENV)/tests-without-ray.log
 test: $(VENV)/.test $(VENV)/.browser
-	@$(BIN)/python -m pytest -m "not ray or with_others" >$(OTHERS_LOG) 2>&1 & others=$$!; trap "kill $$others" INT TERM; \
-	$(BIN)/python -m pytest -m "ray and not with_others"; status=$$?; \
+	@$(BIN)/python -m pytest -m "not ray" >$(OTHERS_LOG) 2>&1 & others=$$!; trap "kill $$others" INT TERM; \
+	$(BIN)/python -m pytest -m ray; status=$$?; \
 	wait $$others || status=1; cat $(OTHERS_LOG); exit $$status
 
 lint: $(VENV)/.test

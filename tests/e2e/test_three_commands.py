@@ -124,7 +124,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
-    gcs_port, dashboard_port, http_port = free_ports(3)
+    gcs_port, dashboard_port, agent_port, http_port = free_ports(4)
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
@@ -137,6 +137,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     }
     head = [str(BIN / "ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1"]
     head += ["--port", str(gcs_port), "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard_port)]
+    head += ["--dashboard-agent-listen-port", str(agent_port)]  # another Ray of this machine may have the usual one
     head += ["--num-cpus", "2", "--object-store-memory", str(200 << 20)]
     starting = {name: value for name, value in environment.items() if name != "RAY_ADDRESS"}
     log = folder / "ray.log"

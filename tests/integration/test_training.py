@@ -21,7 +21,7 @@ from retro_ray.training.progress import read_metrics
 from retro_ray.training.trainer import Trainer, TrainingJob
 from tests.fakes import tiny_run_config, write_tiny_database
 
-pytestmark = [pytest.mark.ray, pytest.mark.with_others, pytest.mark.usefixtures("ray_cluster")]
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 REPOSITORY = Path(__file__).parents[2]
 
 
