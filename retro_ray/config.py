@@ -221,6 +221,7 @@ class ModelConfig:
             value = getattr(self, name)
             _require(value >= 1, name, value, "at least 1")
         _require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even, for rotary positions")
+        # Matches are counted in bytes.
         _require(0 <= self.pointer_max_ngram <= 127, "pointer_max_ngram", self.pointer_max_ngram, "from 0 to 127")
         divides = self.kv_heads >= 1 and self.num_heads % self.kv_heads == 0
         _require(divides, "num_kv_heads", self.num_kv_heads, f"a divisor of num_heads ({self.num_heads})")

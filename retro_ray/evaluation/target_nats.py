@@ -8,10 +8,7 @@ import torch
 
 from retro_ray.model.pointer import DecoderOutput
 from retro_ray.model.retro import RetroModel
-
-# Logits that exist at once: on a CPU near what its caches hold.
-_LOGITS_AT_ONCE = {"cpu": 1 << 22}
-_LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
+from retro_ray.training.vocabulary_loss import LOGITS_AT_ONCE
 
 
 def target_nats(model: RetroModel, output: DecoderOutput, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,4 +65,4 @@ def _of_vocabulary(
 
 def _positions_at_once(model: RetroModel) -> int:
     device = model.read_out_weight.device.type
-    return max(1, _LOGITS_AT_ONCE.get(device, _LOGITS_AT_ONCE_ELSEWHERE) // model.config.vocab_size)
+    return max(1, LOGITS_AT_ONCE["cpu" if device == "cpu" else "cuda"] // model.config.vocab_size)

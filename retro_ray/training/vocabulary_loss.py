@@ -19,8 +19,7 @@ import torch
 from retro_ray.model.pointer import DecoderOutput
 
 # fp32 logits that exist at once: on a CPU 16 MiB, near what its caches hold; enough for full speed on a GPU.
-_LOGITS_AT_ONCE = {"cpu": 1 << 22}
-_LOGITS_AT_ONCE_ELSEWHERE = 1 << 26
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
 # Slopes (d nats / d logits) of so many positions, in the products' type, make one product with their activations:
 # each adds to a sum as large as the weights, which few of them should do.
 _SLOPES_AT_ONCE = 1 << 25
@@ -53,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         nats_N, softmax_part_N = plain_nats_N, None
         if log_kept_N is not None:
             nats_N, softmax_part_N = torch.empty_like(plain_nats_N), torch.empty_like(plain_nats_N)
-        step = _in_tiles(_LOGITS_AT_ONCE.get(device.type, _LOGITS_AT_ONCE_ELSEWHERE) // vocab_size)
+        step = _in_tiles(LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "cuda"] // vocab_size)
         size = min(len(h_ND), max(step, _in_tiles(_SLOPES_AT_ONCE // vocab_size)))
         logits_VN = torch.empty(vocab_size, min(size, step), dtype=plain_nats_N.dtype, device=device)
         slopes_VN = torch.empty(vocab_size, size, dtype=dtype, device=device)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_ray.evaluation import target_nats as module
 from retro_ray.evaluation.target_nats import target_nats
 from retro_ray.model.pointer import DecoderOutput, Pointed
 from retro_ray.model.retro import RetroModel
+from retro_ray.training.vocabulary_loss import LOGITS_AT_ONCE
 from tests.unit.model.models import small_config
 
 _ROWS = 6
@@ -37,7 +37,7 @@ def test_they_are_those_of_the_whole_distribution(seed, pointing, sharpness, pos
     targets = torch.randint(0, 6, (count,))
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(module._LOGITS_AT_ONCE, "cpu", positions_at_once * vocab_size)
+        patch.setitem(LOGITS_AT_ONCE, "cpu", positions_at_once * vocab_size)
         nats, is_likeliest = target_nats(model, output, targets)
         shares_NV = model.read_out(output).softmax(-1)
 
