@@ -1,7 +1,8 @@
 """Who takes training steps in benchmarks/training.py: each in a process of its own, one step for every line it reads.
 
 As a program this is our own side: `retro` trains a RETRO model as jobs/train.py does, `decoder` the same decoder
-without chunked cross-attention and encoder, `profile` a RETRO model under torch's profiler.
+without chunked cross-attention and encoder, `profile` a RETRO model under torch's profiler. `eager` is `retro` without
+torch.compile, which jobs/train.py uses on a GPU.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from benchmarks.peak_memory import forget_peak_memory, peak_memory
+from benchmarks.peak_memory import forget_peak_memory, peak_memory, wait_for
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
 from retro_ray.config import ModelConfig, TrainingConfig
 from retro_ray.errors import ConfigError
@@ -39,6 +40,7 @@ class Shape:
 
     name: str
     dim: int
+    encoder_dim: int
     layers: int
     cca_layers: tuple[int, ...]
     encoder_layers: int
@@ -48,6 +50,7 @@ class Shape:
     chunk_length: int = 64
     neighbours: int = 2
     threads: int = os.cpu_count() or 1
+    device: Literal["cpu", "cuda"] = "cpu"
 
     @property
     def num_tokens(self) -> int:
@@ -67,13 +70,13 @@ class Shape:
             head_dim=64,
             ffn_dim=4 * self.dim,
             cca_layers=self.cca_layers,
-            encoder_dim=self.dim,
+            encoder_dim=self.encoder_dim,
             encoder_layers=self.encoder_layers,
             encoder_heads=8,
-            encoder_ffn_dim=4 * self.dim,
+            encoder_ffn_dim=4 * self.encoder_dim,
             encoder_ca_layers=(1,),
             num_neighbours=self.neighbours,
-            share_encoder_embedding=True,
+            share_encoder_embedding=self.encoder_dim == self.dim,
             tie_embeddings=False,
         )
 
@@ -83,10 +86,23 @@ class Shape:
         return dataclasses.replace(self.model, cca_layers=())
 
 
-SMALL = Shape(
-    name="small", dim=512, layers=8, cca_layers=(3, 5, 7), encoder_layers=1, num_chunks=16, batch_size=4
-)  # the recipe of that name
-PAPER = Shape(name="paper", dim=896, layers=12, cca_layers=(6, 9, 12), encoder_layers=2, num_chunks=32, batch_size=1)
+SMALL = Shape(  # the recipe of that name
+    name="small",
+    dim=512,
+    encoder_dim=512,
+    layers=8,
+    cca_layers=(3, 5, 7),
+    encoder_layers=1,
+    num_chunks=16,
+    batch_size=4,
+)
+_PAPER: dict[str, Any] = {"layers": 12, "cca_layers": (6, 9, 12), "encoder_dim": 896, "encoder_layers": 2}
+PAPER = Shape(name="paper", dim=896, num_chunks=32, batch_size=1, **_PAPER)
+# What a GPU has memory for, on the peer's side too.
+ON_GPU = tuple(
+    Shape(name=name, dim=dim, num_chunks=32, batch_size=4, device="cuda", **_PAPER)
+    for name, dim in (("paper-172m", 896), ("paper-425m", 1536))
+)
 
 
 @dataclass(frozen=True)
@@ -174,12 +190,14 @@ def random_batch(shape: Shape) -> StepBatch:
     return StepBatch(step=0, batch=batch, num_targets=shape.num_tokens)
 
 
-def training_step(model: ModelConfig, shape: Shape) -> tuple[TrainingStep, int]:
+def training_step(
+    model: ModelConfig, shape: Shape, compiled: Literal["auto", "no"] = "auto"
+) -> tuple[TrainingStep, int]:
     """The step of jobs/train.py, and the number of its model's weights."""
     torch.manual_seed(0)
-    retro = RetroModel(model)
-    config = TrainingConfig(batch_size=shape.batch_size, micro_batch_size=shape.batch_size)
-    return TrainingStep(retro, config, torch.device("cpu")), retro.count_parameters(include_embeddings=True)
+    retro, device = RetroModel(model), torch.device(shape.device)
+    config = TrainingConfig(batch_size=shape.batch_size, micro_batch_size=shape.batch_size, compile=compiled)
+    return TrainingStep(retro.to(device), config, device), retro.count_parameters(include_embeddings=True)
 
 
 # Kinds of work, by what the names of torch's operators begin with. The first that fits counts.
@@ -197,14 +215,32 @@ _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
-def profile_of(work: Callable[[], object]) -> dict[str, float]:
+# The same of a GPU's kernels, by what their names contain.
+_GPU_KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("fused attention", ("flex_attention", "fmha", "flash", "attention")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "cublas", "triton_tem")),
+    ("optimiser and clipping", ("multi_tensor_apply", "FusedAdam")),
+    ("copies from and to the machine", ("Memcpy", "Memset")),
+    ("fused by the compiler", ("triton_",)),
+    ("sums and products of elements, copies", ("elementwise", "reduce_kernel", "CatArray", "copy")),
+)
+
+
+def profile_of(work: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Seconds that `work` spends, by kind."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    on_gpu = device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
         work()
+        wait_for(device)
     seconds: Counter[str] = Counter()
     for event in profile.key_averages():
-        kind = next((kind for kind, starts in _KINDS if event.key.startswith(starts)), "other")
-        seconds[kind] += event.self_cpu_time_total / 1e6
+        if on_gpu:
+            kind = next((kind for kind, parts in _GPU_KINDS if any(part in event.key for part in parts)), "other")
+            seconds[kind] += event.self_device_time_total / 1e6
+        else:
+            kind = next((kind for kind, starts in _KINDS if event.key.startswith(starts)), "other")
+            seconds[kind] += event.self_cpu_time_total / 1e6
     return dict(seconds.most_common())
 
 
@@ -213,25 +249,28 @@ def main() -> None:
     settings = json.loads(sys.argv[sys.argv.index("--shape") + 1])
     shape = Shape(**{**settings, "cca_layers": tuple(settings["cca_layers"])})
     torch.set_num_threads(shape.threads)
+    device = torch.device(shape.device)
     retro, num_weights = training_step(shape.model, shape)
-    decoder: TrainingStep | None = None
+    others: dict[str, TrainingStep] = {}
     batch = random_batch(shape)
     print(json.dumps({"num_weights": num_weights}), flush=True)
     for line in sys.stdin:
         kind = line.strip()
-        if kind == "decoder" and decoder is None:
-            decoder, _ = training_step(shape.decoder, shape)
-        step = decoder if kind == "decoder" else retro
-        assert step is not None
-        forget_peak_memory()
+        if kind == "decoder" and kind not in others:
+            others[kind], _ = training_step(shape.decoder, shape)
+        if kind == "eager" and kind not in others:
+            others[kind], _ = training_step(shape.model, shape, compiled="no")
+        step = others.get(kind, retro)
+        forget_peak_memory(device)
         start = time.perf_counter()
         table = None
         if kind == "profile":
-            table = profile_of(lambda step=step: step.run(batch))
+            table = profile_of(lambda step=step: step.run(batch), device)
         else:
             step.run(batch)
+        wait_for(device)
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory(), "table": table}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory(device), "table": table}), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ _TRAINING_FIELDS = (
     "precision",
     "retrieval_dropout",
     "final_retrieval_dropout",
+    "compile",
     "gradient_checkpointing",
     "checkpoint_every",
     "keep_checkpoints",
@@ -87,6 +88,8 @@ class TrainFlags:
     """Share of sequences that see no neighbours."""
     final_retrieval_dropout: float | None = None
     """The share at the last step, up to which it changes evenly."""
+    compile: Literal["auto", "yes", "no"] | None = None
+    """Compile the model's blocks for faster steps; auto: on a GPU."""
     gradient_checkpointing: bool | None = None
     """Less memory, about a third more time."""
     checkpoint_every: int | None = None

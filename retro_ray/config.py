@@ -284,6 +284,9 @@ class TrainingConfig:
     (FSDP), for models that one worker cannot hold. A run may change it when it is resumed."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto` is bf16 where the hardware multiplies it, else fp32."""
+    compile: Literal["auto", "yes", "no"] = "auto"
+    """Compile the model's blocks (torch.compile): half a minute before the first step, and faster ones. `auto`: on a
+    GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     checkpoint_every: int = 500

@@ -9,8 +9,14 @@ from torch import Tensor, nn
 from retro_ray.config import ModelConfig
 from retro_ray.model.attention import CrossAttention, KeysValues, open_empty_rows, split_heads
 from retro_ray.model.encoder import EncodedNeighbours
-from retro_ray.model.layers import rotary_at, rotate, rotate_rows
+from retro_ray.model.layers import Rotary, rotary_at, rotate, rotate_rows
 from retro_ray.model.new_tokens import NewTokens
+
+
+def query_rotary(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Rotary:
+    """Rotations of the m queries that attend to a chunk's neighbours, the same in every layer."""
+    positions = torch.arange(config.chunk_length, 2 * config.chunk_length, device=device)
+    return rotary_at(positions, config.head_dim, config.rope_base, dtype)
 
 
 class ChunkedCrossAttention(CrossAttention):
@@ -47,15 +53,14 @@ class ChunkedCrossAttention(CrossAttention):
         k_NHSE = rotate(split_heads(key_NSX, self.head_dim), encoded.rotary)
         return k_NHSE, split_heads(self.value(states_NSD), self.head_dim)
 
-    def forward(self, h_BTD: Tensor, encoded: EncodedNeighbours, sees_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, h_BTD: Tensor, encoded: EncodedNeighbours, rotary: Rotary, sees_BT: Tensor | None = None
+    ) -> Tensor:
         """CCA(H, E) for `encoded` neighbours of the first L chunks of every sequence, N = B * L.
 
-        `sees_BT` (bool) says which positions may read the neighbours they would attend to.
+        `rotary` is `query_rotary`; `sees_BT` (bool) says which positions may read the neighbours they would attend to.
         """
-        chunk_length = self.config.chunk_length
-        attending = encoded.attending(h_BTD, chunk_length)
-        positions = torch.arange(chunk_length, 2 * chunk_length, device=h_BTD.device)
-        rotary = rotary_at(positions, self.head_dim, self.config.rope_base, h_BTD.dtype)
+        attending = encoded.attending(h_BTD, self.config.chunk_length)
         mask = None if encoded.mask_NS is None else open_empty_rows(encoded.mask_NS)[:, None, None]
         x_CMD = self.norm(attending.of_chunks(h_BTD))
         read_BTD = attending.of_sequences(self.read(x_CMD, rotary, self.encoded_keys_values(encoded), mask))

@@ -73,6 +73,22 @@ class EncodedNeighbours:
         return Attending(batch_size, num_tokens, self.num_chunks // batch_size, chunk_length, self.numbers_N)
 
 
+@dataclass(frozen=True)
+class EncoderInputs:
+    """What every layer of the encoder sees besides E."""
+
+    token_rotary: Rotary
+    """Of a neighbour's R tokens."""
+    query_rotary: Rotary
+    """The same K times over."""
+    chunk_rotary: Rotary
+    """Of a chunk's M tokens."""
+    token_mask: Tensor | None
+    """bool [N * K, 1, 1, R]."""
+    context_mask: Tensor | None
+    """bool [N, 1, 1, M]."""
+
+
 class EncoderLayer(nn.Module):
     """One layer p' of the encoder; it has a cross-attention if p' is in P_enc."""
 
@@ -89,6 +105,17 @@ class EncoderLayer(nn.Module):
         for block in (self.self_attention, self.cross_attention, self.feed_forward):
             if block is not None:
                 block.initialise(config.encoder_layers)
+
+    def forward(self, e_JRD: Tensor, context_NMD: Tensor, inputs: EncoderInputs) -> Tensor:
+        """Of J = N * K neighbours, K for each chunk; `context` is its H_u, normalised."""
+        e_JRD = self.self_attention(e_JRD, inputs.token_rotary, inputs.token_mask)
+        if (attention := self.cross_attention) is not None:
+            # All neighbours of a chunk query its H_u together, so that the keys need not be repeated.
+            x_NSD = attention.norm(e_JRD).view(len(context_NMD), -1, e_JRD.shape[-1])
+            keys_values = attention.keys_values(context_NMD, context_NMD, inputs.chunk_rotary)
+            read_NSD = attention.read(x_NSD, inputs.query_rotary, keys_values, inputs.context_mask)
+            e_JRD = e_JRD + read_NSD.view_as(e_JRD)
+        return self.feed_forward(e_JRD)
 
 
 class NeighbourEncoder(nn.Module):
@@ -119,24 +146,19 @@ class NeighbourEncoder(nn.Module):
             h_NMD: H_u, the decoder's activations in the chunk.
             context_mask_NM: bool, True for the positions of H_u to look at; at least one per chunk.
         """
-        num_chunks, num_neighbours, length, _ = e_NKRD.shape
+        _, num_neighbours, length, _ = e_NKRD.shape
         positions = torch.arange(1, length + 1, device=e_NKRD.device)
-        token_rotary = self._rotary(positions, e_NKRD.dtype)
-        # All neighbours of a chunk query its H_u together, so that the keys need not be repeated.
-        query_rotary = self._rotary(positions.repeat(num_neighbours), e_NKRD.dtype)
-        chunk_rotary = self._rotary(positions[: h_NMD.shape[1]], e_NKRD.dtype)
-        token_mask = None if mask_NKR is None else open_empty_rows(mask_NKR.flatten(0, 1)[:, None, None])
-        context_mask = None if context_mask_NM is None else context_mask_NM[:, None, None]
+        inputs = EncoderInputs(
+            token_rotary=self._rotary(positions, e_NKRD.dtype),
+            query_rotary=self._rotary(positions.repeat(num_neighbours), e_NKRD.dtype),
+            chunk_rotary=self._rotary(positions[: h_NMD.shape[1]], e_NKRD.dtype),
+            token_mask=None if mask_NKR is None else open_empty_rows(mask_NKR.flatten(0, 1)[:, None, None]),
+            context_mask=None if context_mask_NM is None else context_mask_NM[:, None, None],
+        )
         context_NMD = self.context_norm(h_NMD)
-
         e_JRD = e_NKRD.flatten(0, 1)
         for layer in self.layers:
-            e_JRD = layer.self_attention(e_JRD, token_rotary, token_mask)
-            if (attention := layer.cross_attention) is not None:
-                x_NSD = attention.norm(e_JRD).view(num_chunks, num_neighbours * length, -1)
-                keys_values = attention.keys_values(context_NMD, context_NMD, chunk_rotary)
-                e_JRD = e_JRD + attention.read(x_NSD, query_rotary, keys_values, context_mask).view_as(e_JRD)
-            e_JRD = layer.feed_forward(e_JRD)
+            e_JRD = layer(e_JRD, context_NMD, inputs)
         return self._as_encoded(tokens_NKR, self.norm(e_JRD).view_as(e_NKRD), mask_NKR)
 
     def _as_encoded(self, tokens_NKR: Tensor, e_NKRD: Tensor, mask_NKR: Tensor | None) -> EncodedNeighbours:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
+from retro_ray.model.attention import FLEX_HEAD_DIMS, Mask, causal_within
+from retro_ray.model.chunked import query_rotary
 from retro_ray.model.layers import Rotary, decoder_rotary
 from retro_ray.model.ngrams import last_tokens
 
@@ -19,8 +21,10 @@ class SequenceInputs:
     """What every layer of one pass sees besides H."""
 
     rotary: Rotary
-    mask: Tensor | None
-    """bool [B, 1, T, T], True where a position may look; None: plain causal."""
+    query_rotary: Rotary
+    """Of the m positions that attend to a chunk's neighbours."""
+    mask: Mask | None
+    """[B, 1, T, T], where a position may look; None: plain causal."""
     neighbours_BLKR: Tensor | None
     neighbour_mask_BLKR: Tensor | None
     context_mask_NM: Tensor | None
@@ -38,8 +42,11 @@ def sequence_inputs(
     neighbours_BLKR: Tensor | None,
     neighbour_mask_BLKR: Tensor | None,
     segments_BT: Tensor | None,
+    in_blocks: bool = False,
 ) -> SequenceInputs:
     """Inputs of a pass over tokens, embedded as `h`; no neighbours at all become None.
+
+    `in_blocks` gives a mask that FlexAttention passes over in blocks, where `head_dim` is one that it takes.
 
     Raises:
         ConfigError: the neighbours' shape does not fit the tokens or the model.
@@ -51,8 +58,7 @@ def sequence_inputs(
             neighbours_BLKR = neighbour_mask_BLKR = None
     mask = context_mask_NM = sees_BT = None
     if segments_BT is not None:
-        causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
-        mask = (causal & (segments_BT[:, :, None] == segments_BT[:, None, :]))[:, None]
+        mask = causal_within(segments_BT, in_blocks=in_blocks and config.head_dim in FLEX_HEAD_DIMS)
         if neighbours_BLKR is not None:
             context_mask_NM, sees_BT = _segment_masks(segments_BT, neighbours_BLKR.shape[1], config.chunk_length)
     positions = torch.arange(num_tokens, device=device)
@@ -60,7 +66,16 @@ def sequence_inputs(
     last_BTW = None
     if neighbours_BLKR is not None and config.pointer and config.pointer_max_ngram:
         last_BTW = last_tokens(tokens_BT, config.pointer_max_ngram, segments=segments_BT)
-    return SequenceInputs(rotary, mask, neighbours_BLKR, neighbour_mask_BLKR, context_mask_NM, sees_BT, last_BTW)
+    return SequenceInputs(
+        rotary=rotary,
+        query_rotary=query_rotary(config, device, h_BTD.dtype),
+        mask=mask,
+        neighbours_BLKR=neighbours_BLKR,
+        neighbour_mask_BLKR=neighbour_mask_BLKR,
+        context_mask_NM=context_mask_NM,
+        sees_BT=sees_BT,
+        last_BTW=last_BTW,
+    )
 
 
 def split_chunks(x: Tensor, num_chunks: int, chunk_length: int) -> Tensor:

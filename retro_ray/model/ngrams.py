@@ -43,5 +43,6 @@ def match_lengths(last_CMW: Tensor, preceding_CSW: Tensor) -> Tensor:
     lengths_CMS = matches_CMS.to(torch.int8)
     for last_CM, preceding_CS in zip(last_WCM[1:], preceding_WCS[1:], strict=True):
         matches_CMS &= last_CM[:, :, None] == preceding_CS[:, None]
-        lengths_CMS += matches_CMS.view(torch.int8)
+        # The compiler knows no view of bool, and needs none: it makes one pass of all this.
+        lengths_CMS += matches_CMS.to(torch.int8) if torch.compiler.is_compiling() else matches_CMS.view(torch.int8)
     return lengths_CMS.long()

@@ -72,6 +72,14 @@ class DecoderOutput:
     """Final normalised activations [..., D]."""
     pointed: Pointed | None = None
 
+    def flatten(self) -> DecoderOutput:
+        """Of positions [B, T] as [B * T]."""
+        pointed = self.pointed
+        if pointed is not None:
+            shares, log_kept, chunks = (x.flatten(0, 1) for x in (pointed.shares, pointed.log_kept, pointed.chunks))
+            pointed = Pointed(shares, log_kept, chunks, pointed.tokens_CS)
+        return DecoderOutput(self.hidden.flatten(0, 1), pointed)
+
     def __getitem__(self, where: Where) -> DecoderOutput:
         return DecoderOutput(self.hidden[where], None if self.pointed is None else self.pointed[where])
 

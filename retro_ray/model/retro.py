@@ -45,6 +45,8 @@ class RetroModel(nn.Module):
         self.config = config
         self.gradient_checkpointing = False
         """Recompute the activations of each layer in the backward pass."""
+        self.attends_in_blocks = False
+        """In training, documents of a sequence are kept apart by FlexAttention, for compiled blocks on a GPU."""
         self.packed_read_out: nn.Module | None = None
         self.token_embedding = self._new_embedding(config.hidden_dim)
         layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
@@ -99,7 +101,15 @@ class RetroModel(nn.Module):
     ) -> DecoderOutput:
         """The input of `read_out` for positions [B, T]; arguments as `forward`."""
         h_BTD = self.embed_tokens(tokens_BT)
-        inputs = sequence_inputs(self.config, tokens_BT, h_BTD, neighbours_BLKR, neighbour_mask_BLKR, segments_BT)
+        inputs = sequence_inputs(
+            self.config,
+            tokens_BT,
+            h_BTD,
+            neighbours_BLKR,
+            neighbour_mask_BLKR,
+            segments_BT,
+            in_blocks=self.attends_in_blocks and torch.is_grad_enabled(),
+        )
         return self.run_layers(h_BTD, inputs)[0]
 
     def read_out(self, output: DecoderOutput) -> Tensor:
@@ -162,7 +172,7 @@ class RetroModel(nn.Module):
                 recorder.chunk_hidden(h_BTD)
             encoded = self._encode(h_BTD, inputs, leave_out=recorder is None)
         if layer.cca is not None and encoded is not None:
-            h_BTD = layer.cca(h_BTD, encoded, inputs.sees_BT)
+            h_BTD = layer.cca(h_BTD, encoded, inputs.query_rotary, inputs.sees_BT)
         return layer.feed_forward(h_BTD), encoded
 
     def _encode(self, h_BTD: Tensor, inputs: SequenceInputs, leave_out: bool) -> EncodedNeighbours | None:

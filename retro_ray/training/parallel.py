@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from retro_ray.model.retro import RetroModel
+from retro_ray.training.compiled import decoder_blocks
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -39,8 +40,7 @@ def join_workers(loss: nn.Module, model: RetroModel, parallel: Parallel, device:
             find_unused_parameters=bool(model.config.cca_layers),
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    blocks = [block for layer in model.layers for block in (layer.self_attention, layer.cca, layer.feed_forward)]
-    for block in [*blocks, model.encoder, model.pointer]:
+    for block in (*decoder_blocks(model), model.encoder, model.pointer):
         if block is not None:
             fully_shard(block, mesh=mesh)
     fully_shard(loss, mesh=mesh)  # what is left: embeddings, the last norm, the read-out

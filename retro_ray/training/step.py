@@ -17,6 +17,7 @@ from retro_ray.config import TrainingConfig
 from retro_ray.model.retro import RetroModel
 from retro_ray.precision import bf16_is_fast
 from retro_ray.training.batches import StepBatch
+from retro_ray.training.compiled import compile_blocks, resolve_compile
 from retro_ray.training.optimizer import Optimizer
 from retro_ray.training.parallel import join_workers, whole_weights
 from retro_ray.training.vocabulary_loss import vocabulary_loss
@@ -42,10 +43,11 @@ def arithmetic(precision: Precision, device: torch.device) -> contextlib.Abstrac
 class NextTokenLoss(nn.Module):
     """The model and its loss as one module, so that DDP sees the whole forward pass."""
 
-    def __init__(self, model: RetroModel, plain_loss_share: float = 0.0) -> None:
+    def __init__(self, model: RetroModel, plain_loss_share: float = 0.0, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
-        self.plain_loss_share = plain_loss_share
+        self._plain_loss_share = plain_loss_share
+        self._compiled = compiled
 
     def forward(
         self,
@@ -62,9 +64,12 @@ class NextTokenLoss(nn.Module):
             neighbour_mask_BLKR=neighbour_mask_BLKR,
             segments_BT=segments_BT,
         )
+        weight, share = self.model.read_out_weight, self._plain_loss_share
+        if self._compiled:  # its shapes are to be those of every step, and a GPU not to be waited for
+            return vocabulary_loss(output.flatten(), weight, targets_BT.flatten(), share, compiled=True)
         # Padding is left out before the read-out, the largest single product of a small model.
         asked = targets_BT != NO_TARGET
-        return vocabulary_loss(output[asked], self.model.read_out_weight, targets_BT[asked], self.plain_loss_share)
+        return vocabulary_loss(output[asked], weight, targets_BT[asked], share)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,11 @@ class TrainingStep:
         self._config = config
         self._device = device
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self._module = join_workers(NextTokenLoss(model, config.plain_loss_share), model, config.parallel, device)
+        self.compiled = resolve_compile(config.compile, device)
+        if self.compiled:
+            compile_blocks(model, device)
+        loss = NextTokenLoss(model, config.plain_loss_share, self.compiled)
+        self._module = join_workers(loss, model, config.parallel, device)
         self.optimizer = Optimizer(model, config)
 
     def run(self, share: StepBatch) -> StepResult:
@@ -112,9 +121,12 @@ class TrainingStep:
         rate = self.optimizer.step(share.step)
         return StepResult(loss=total / share.num_targets, gradient_norm=norm, learning_rate=rate)
 
-    def whole_weights(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
         """While it is held, the model may be used by each worker alone, as for a validation between steps."""
-        return whole_weights(self._module)
+        # Nothing is compiled for what comes in other shapes each time.
+        with whole_weights(self._module), torch.compiler.set_stance("force_eager"):
+            yield
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         return self._module(

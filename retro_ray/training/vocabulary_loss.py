@@ -12,6 +12,9 @@ by the softmax; so that it is, a share of the loss may be the plain one.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ import torch
 from retro_ray.model.pointer import DecoderOutput
 
 # fp32 logits that exist at once: on a CPU 16 MiB, near what its caches hold; enough for full speed on a GPU.
-LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 26}
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 # Slopes (d nats / d logits) of so many positions, in the products' type, make one product with their activations:
 # each adds to a sum as large as the weights, which few of them should do.
 _SLOPES_AT_ONCE = 1 << 25
@@ -40,8 +43,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         given_N: torch.Tensor | None,
         dtype: torch.dtype,
         plain_share: float,
+        compiled: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         vocab_size, device = len(weight_VD), h_ND.device
+        real_N, targets_N = targets_N >= 0, targets_N.clamp_min(0)
         # Positions are columns here: of all orders of the three products, a CPU's bf16 multiplies these in half the
         # time of others, transposing the weights included.
         weight = weight_VD.to(dtype)
@@ -53,17 +58,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if log_kept_N is not None:
             nats_N, softmax_part_N = torch.empty_like(plain_nats_N), torch.empty_like(plain_nats_N)
         step = _in_tiles(LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "cuda"] // vocab_size)
-        size = min(len(h_ND), max(step, _in_tiles(_SLOPES_AT_ONCE // vocab_size)))
-        logits_VN = torch.empty(vocab_size, min(size, step), dtype=plain_nats_N.dtype, device=device)
+        if compiled:  # parts of one size are compiled for once
+            num_parts = math.ceil(len(h_ND) / step)
+            step = min(step, _TILE * math.ceil(len(h_ND) / (num_parts * _TILE)))
+        size = min(len(h_ND), max(step, 0 if compiled else _in_tiles(_SLOPES_AT_ONCE // vocab_size)))
+        nats_and_slopes = _fused_nats_and_slopes()
+        if not compiled:
+            buffer_VN = torch.empty(vocab_size, min(size, step), dtype=plain_nats_N.dtype, device=device)
+            nats_and_slopes = partial(_nats_and_slopes, buffer_VN=buffer_VN)
         slopes_VN = torch.empty(vocab_size, size, dtype=dtype, device=device)
         for start in range(0, len(h_ND), max(1, size)):
             part = slice(start, start + size)
-            h, targets = h_ND[part].to(dtype), targets_N[part]
+            h = h_ND[part].to(dtype)
             slopes = slopes_VN[:, : len(h)]
             for first in range(0, len(h), step):
                 some = slice(first, first + step)
                 rows = slice(start + first, start + first + len(h[some]))
-                plain_nats_N[rows] = _nats_and_slopes(weight @ h[some].T, targets[some], logits_VN, slopes[:, some])
+                plain_nats_N[rows] = nats_and_slopes(weight @ h[some].T, targets_N[rows], real_N[rows], slopes[:, some])
             gradient_h[part] = (weight_DV @ slopes).T
             if log_kept_N is not None and given_N is not None and softmax_part_N is not None:
                 log_by_softmax = log_kept_N[part] - plain_nats_N[part]
@@ -75,9 +86,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 h = (h * weights).to(dtype)
             if gradient_weight is not None:
                 gradient_weight += slopes @ h
-        mixed_share = 1 - plain_share
-        of_log_kept = None if softmax_part_N is None else -mixed_share * softmax_part_N
-        of_given = None if given_N is None else -mixed_share * nats_N.clamp(max=_MOST_NATS).exp()
+        nats_N = nats_N * real_N
+        mixed_share, mixed_share_N = 1 - plain_share, real_N * (plain_share - 1)
+        of_log_kept = None if softmax_part_N is None else mixed_share_N * softmax_part_N
+        of_given = None if given_N is None else mixed_share_N * nats_N.clamp(max=_MOST_NATS).exp()
         ctx.save_for_backward(gradient_h, gradient_weight, of_log_kept, of_given)
         nats = nats_N.sum()
         loss = nats.clone() if log_kept_N is None else mixed_share * nats + plain_share * plain_nats_N.sum()
@@ -88,7 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale, _ = gradients
         of_h, of_weight, of_log_kept, of_given = (None if x is None else x * scale for x in ctx.saved_tensors)
-        return of_h, of_weight, None, of_log_kept, of_given, None, None
+        return of_h, of_weight, None, of_log_kept, of_given, None, None, None
 
 
 def _in_tiles(num_positions: int) -> int:
@@ -97,22 +109,52 @@ def _in_tiles(num_positions: int) -> int:
 
 
 def _nats_and_slopes(
-    logits_VN: torch.Tensor, targets_N: torch.Tensor, buffer: torch.Tensor, slopes_VN: torch.Tensor
+    logits_VN: torch.Tensor,
+    targets_N: torch.Tensor,
+    real_N: torch.Tensor,
+    slopes_VN: torch.Tensor,
+    *,
+    buffer_VN: torch.Tensor,
 ) -> torch.Tensor:
-    """Nats [N]; their slopes, softmax - one-hot, are written to `slopes_VN`. `buffer` is overwritten."""
-    logits = buffer[:, : logits_VN.shape[1]].copy_(logits_VN)
+    """Nats [N]; their slopes, softmax - one-hot, are written to `slopes_VN`. Both are zero for a target that is not
+    real. The buffer is overwritten.
+    """
+    logits = buffer_VN[:, : logits_VN.shape[1]].copy_(logits_VN)
     of_targets = logits.gather(0, targets_N[None])
     highest = logits.amax(dim=0, keepdim=True)
     shares = logits.sub_(highest).exp_()
     total = shares.sum(dim=0, keepdim=True)
     nats_N = (total.log() + highest - of_targets)[0]
-    shares.div_(total).scatter_add_(0, targets_N[None], torch.full_like(of_targets, -1))
+    shares.div_(total.masked_fill(~real_N, math.inf))
+    shares.scatter_add_(0, targets_N[None], -real_N[None].to(shares.dtype))
     slopes_VN.copy_(shares)
-    return nats_N
+    return nats_N * real_N
+
+
+@cache
+def _fused_nats_and_slopes() -> Callable[..., torch.Tensor]:
+    """`_nats_and_slopes` as few kernels of a GPU, which leave no copy of the logits."""
+
+    def nats_and_slopes(
+        logits_VN: torch.Tensor, targets_N: torch.Tensor, real_N: torch.Tensor, slopes_VN: torch.Tensor
+    ) -> torch.Tensor:
+        logits = logits_VN.to(torch.promote_types(logits_VN.dtype, torch.float32))
+        highest_N = logits.amax(0)
+        shares = (logits - highest_N).exp()
+        total_N = shares.sum(0)
+        is_target = torch.arange(len(logits), device=logits.device)[:, None] == targets_N
+        slopes_VN.copy_((shares / total_N - is_target.to(shares.dtype)) * real_N)
+        return (total_N.log() + highest_N - logits.gather(0, targets_N[None])[0]) * real_N
+
+    return torch.compile(nats_and_slopes)
 
 
 def vocabulary_loss(
-    output: DecoderOutput, weight_VD: torch.Tensor, targets_N: torch.Tensor, plain_share: float = 0.0
+    output: DecoderOutput,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    plain_share: float = 0.0,
+    compiled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is to be minimised, and the nats of the targets under `RetroModel.read_out` of an output: both sums, fp32 or
     wider.
@@ -120,12 +162,13 @@ def vocabulary_loss(
     Args:
         output: of N positions.
         weight_VD: the read-out; where it is not trained, its gradients are not computed.
-        targets_N: int64, from 0 to V - 1.
+        targets_N: int64, from 0 to V - 1; what is negative is no target, and costs as much as one.
         plain_share: with a pointer, the share of nats without it in what is minimised; else that is the nats.
+        compiled: what is not a product is (torch.compile), for a GPU.
     """
     h_ND, pointed = output.hidden, output.pointed
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
     log_kept_N, given_N = (None, None) if pointed is None else (pointed.log_kept, pointed.given_to(targets_N))
     with torch.autocast(device, enabled=False):  # the products' types are chosen above
-        return _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, log_kept_N, given_N, dtype, plain_share)
+        return _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, log_kept_N, given_N, dtype, plain_share, compiled)
