@@ -59,7 +59,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats_N, softmax_part_N = torch.empty_like(plain_nats_N), torch.empty_like(plain_nats_N)
         step = _in_tiles(LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "cuda"] // vocab_size)
         if compiled:  # parts of one size are compiled for once
-            num_parts = math.ceil(len(h_ND) / step)
+            num_parts = max(1, math.ceil(len(h_ND) / step))
             step = min(step, _TILE * math.ceil(len(h_ND) / (num_parts * _TILE)))
         size = min(len(h_ND), max(step, 0 if compiled else _in_tiles(_SLOPES_AT_ONCE // vocab_size)))
         nats_and_slopes = _fused_nats_and_slopes()

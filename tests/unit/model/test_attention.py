@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from retro_ray.model import attention
-from retro_ray.model.attention import attend, open_empty_rows
+from retro_ray.model.attention import attend, causal_within, open_empty_rows
 from retro_ray.model.layers import rotary_at, rotate
 
 
@@ -36,6 +37,22 @@ def test_attend_is_the_textbook_formula() -> None:
     q, k, v = random_qkv(4, 7)
     expected = F.softmax(torch.einsum("bhte,bhse->bhts", q, k) / math.sqrt(8), dim=-1) @ v
     torch.testing.assert_close(attend(q, k, v), expected)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_documents_kept_apart_in_blocks_attend_as_by_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over more than one block of 128, heads of keys shared; padding behind one document of three, and one alone."""
+    monkeypatch.setattr(attention, "_block_mask", lambda: create_block_mask)  # compiled in training
+    segments_BT = torch.zeros(2, 200, dtype=torch.int64)
+    segments_BT[0, 70:], segments_BT[0, 130:], segments_BT[0, 180:] = 1, 2, -1
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 200, 16) for heads in (2, 1, 1))
+    in_blocks = causal_within(segments_BT, in_blocks=True)
+    assert isinstance(in_blocks, BlockMask)
+    with torch.no_grad():
+        expected = attend(q, k, v, causal_within(segments_BT, in_blocks=False))
+        torch.testing.assert_close(attend(q, k, v, in_blocks), expected)
+    assert in_blocks.kv_num_blocks[1, 0].tolist() == [1, 2]
 
 
 def test_only_empty_rows_are_opened() -> None:

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,16 @@ def positions_at_once(request, monkeypatch):
     monkeypatch.setattr(module, "_SLOPES_AT_ONCE", slopes * V)
 
 
+@pytest.fixture(params=["eager", "compiled"])
+def loss(request, monkeypatch):
+    """Its own code, and what is compiled on a GPU, not compiled."""
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(module, "_TILE", 1)  # so that parts can be as small
+    module._fused_nats_and_slopes.cache_clear()
+    yield partial(vocabulary_loss, compiled=request.param == "compiled")
+    module._fused_nats_and_slopes.cache_clear()
+
+
 def inputs(dtype=torch.float64, scale: float = 1.0):
     torch.manual_seed(0)
     h = (scale * torch.randn(N, D, dtype=dtype)).requires_grad_()
@@ -29,9 +41,9 @@ def reference(h, weight, targets):
     )
 
 
-def test_loss_and_gradients_are_those_of_cross_entropy():
+def test_loss_and_gradients_are_those_of_cross_entropy(loss):
     h, weight, targets = inputs()
-    ours, theirs = vocabulary_loss(DecoderOutput(h), weight, targets)[0], reference(h, weight, targets)
+    ours, theirs = loss(DecoderOutput(h), weight, targets)[0], reference(h, weight, targets)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(
         torch.autograd.grad(3 * ours, (h, weight)), torch.autograd.grad(3 * theirs, (h, weight)), strict=True
@@ -39,7 +51,7 @@ def test_loss_and_gradients_are_those_of_cross_entropy():
         torch.testing.assert_close(a, b)
 
 
-def test_with_a_pointer_it_is_the_cross_entropy_of_the_mixture():
+def test_with_a_pointer_it_is_the_cross_entropy_of_the_mixture(loss):
     """Tokens of which some are pointed at twice, some positions that point at nothing."""
     h, weight, targets = inputs()
     tokens_CS, chunks = torch.randint(0, V, (3, 40)), torch.randint(0, 3, (N,))
@@ -50,7 +62,7 @@ def test_with_a_pointer_it_is_the_cross_entropy_of_the_mixture():
         log_shares = scores.masked_fill(nothing[:, None] & (torch.arange(41) > 0), -1e300).log_softmax(-1)
         return DecoderOutput(h, Pointed(log_shares[:, 1:].exp(), log_shares[:, 0], chunks, tokens_CS))
 
-    ours, nats = vocabulary_loss(output(), weight, targets)
+    ours, nats = loss(output(), weight, targets)
     pointed = output().pointed
     theirs = F.cross_entropy(pointed.mixed_with(h @ weight.T), targets, reduction="sum")
     torch.testing.assert_close(ours, theirs)
@@ -64,7 +76,7 @@ def test_with_a_pointer_it_is_the_cross_entropy_of_the_mixture():
 
     # A share of the plain loss beside it: nats stay those of the mixture.
     theirs = F.cross_entropy(output().pointed.mixed_with(h @ weight.T), targets, reduction="sum")
-    both, nats = vocabulary_loss(output(), weight, targets, plain_share=0.3)
+    both, nats = loss(output(), weight, targets, plain_share=0.3)
     assert torch.equal(nats, ours)
     assert not nats.requires_grad
     expected = 0.7 * theirs + 0.3 * reference(h, weight, targets)
@@ -73,26 +85,26 @@ def test_with_a_pointer_it_is_the_cross_entropy_of_the_mixture():
         torch.testing.assert_close(a, b)
 
 
-def test_a_frozen_read_out_changes_nothing_else():
+def test_a_frozen_read_out_changes_nothing_else(loss):
     h, weight, targets = inputs()
-    [expected] = torch.autograd.grad(vocabulary_loss(DecoderOutput(h), weight, targets)[0], h)
+    [expected] = torch.autograd.grad(loss(DecoderOutput(h), weight, targets)[0], h)
     weight.requires_grad_(False)
-    vocabulary_loss(DecoderOutput(h), weight, targets)[0].backward()
+    loss(DecoderOutput(h), weight, targets)[0].backward()
     assert weight.grad is None
     assert torch.equal(h.grad, expected)
 
 
-def test_large_logits_do_not_overflow():
+def test_large_logits_do_not_overflow(loss):
     h, weight, targets = inputs(torch.float32, scale=1e4)
-    ours = vocabulary_loss(DecoderOutput(h), weight, targets)[0]
+    ours = loss(DecoderOutput(h), weight, targets)[0]
     assert ours.isfinite()
     torch.testing.assert_close(ours, reference(h, weight, targets), rtol=1e-5, atol=1e-2)
 
 
-def test_under_autocast_the_products_are_bf16_and_the_sums_fp32():
+def test_under_autocast_the_products_are_bf16_and_the_sums_fp32(loss):
     h, weight, targets = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = vocabulary_loss(DecoderOutput(h), weight, targets)[0]
+        ours = loss(DecoderOutput(h), weight, targets)[0]
         theirs = reference(h, weight, targets)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
@@ -102,9 +114,24 @@ def test_under_autocast_the_products_are_bf16_and_the_sums_fp32():
         assert (a - b).norm() < 0.01 * b.norm()
 
 
-def test_no_positions_have_no_loss():
+def test_no_positions_have_no_loss(loss):
     h, weight, targets = inputs()
-    ours = vocabulary_loss(DecoderOutput(h[:0]), weight, targets[:0])[0]
+    ours = loss(DecoderOutput(h[:0]), weight, targets[:0])[0]
     ours.backward()
     assert ours.item() == 0
     assert not weight.grad.any()
+
+
+def test_what_is_no_target_counts_for_nothing(loss):
+    h, weight, targets = inputs()
+    tokens_CS, chunks = torch.randint(0, V, (3, 40)), torch.randint(0, 3, (N,))
+    scores = torch.randn(N, 41, dtype=torch.float64, requires_grad=True)
+    shares, log_kept = scores.softmax(-1)[:, 1:], scores.log_softmax(-1)[:, 0]
+    output, inside = DecoderOutput(h, Pointed(shares, log_kept, chunks, tokens_CS)), (h, weight, scores)
+    asked = torch.arange(N) % 3 != 0
+    both, nats = loss(output, weight, targets.masked_fill(~asked, -100), plain_share=0.3)
+    expected, expected_nats = loss(output[asked], weight, targets[asked], plain_share=0.3)
+    torch.testing.assert_close((both, nats), (expected, expected_nats))
+    theirs = torch.autograd.grad(expected, inside, retain_graph=True)
+    for a, b in zip(torch.autograd.grad(both, inside), theirs, strict=True):
+        torch.testing.assert_close(a, b)
