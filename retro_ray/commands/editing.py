@@ -50,3 +50,5 @@ def edit_database(
         f"generation {report.generation}: {report.documents_added} documents added ({report.chunks_added} chunks), "
         f"{report.documents_deleted} deleted{unchanged}, in {report.seconds:.1f} s"
     )
+    if report.advice:
+        print(report.advice)

@@ -20,6 +20,7 @@ from retro_ray.database.add_segment import Embedder, embed_segment, write_chunke
 from retro_ray.database.compact import compact_segments
 from retro_ray.database.edit_index import index_segment, store_neighbours
 from retro_ray.database.format import Manifest, Partition, database_directory
+from retro_ray.database.index_choice import is_searched_exactly
 from retro_ray.database.merge_segments import ADDED, merge_added
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.database.transaction import Transaction, transaction
@@ -43,6 +44,8 @@ class EditReport:
     """Documents of an update that the database has as they are: nothing is done for them."""
     chunks_added: int = 0
     seconds: float
+    advice: str | None = None
+    """What should be done next, if anything."""
 
 
 class DatabaseEditor:
@@ -136,19 +139,20 @@ class DatabaseEditor:
             writer = write_chunked(folder, chosen, base.chunk_length, base.vocab_size)
             if writer.num_documents:
                 segment = writer.partition(f"{ADDED}{edit.generation:08d}", base.next_chunk_id, edit.smallest_shard())
-                self._put_segment(edit, segment, chosen, embedder)
+                base = self._put_segment(edit, segment, chosen, embedder)
             elif not chosen.num_unchanged:
                 raise InputError("no documents to add: name files or folders that hold some")
         return EditReport(
-            generation=edit.generation if writer.num_documents else base.generation,
+            generation=base.generation,
             documents_added=writer.num_documents,
             documents_deleted=len(chosen.replaced),
             documents_unchanged=chosen.num_unchanged,
             chunks_added=writer.num_chunks,
             seconds=time.perf_counter() - start,
+            advice=_advice(base),
         )
 
-    def _put_segment(self, edit: Transaction, segment: Partition, chosen: _Chosen, embedder: Embedder) -> None:
+    def _put_segment(self, edit: Transaction, segment: Partition, chosen: _Chosen, embedder: Embedder) -> Manifest:
         """Make a segment of documents that are chunked part of the database, in place of those that they replace."""
         embed_segment(self._directory, segment, edit.base.chunk_length, chosen.tokenizer, embedder)
         edit.add_files(segment.chunks, segment.documents, segment.ids, segment.keys)
@@ -158,7 +162,7 @@ class DatabaseEditor:
             edit.delete(chosen.replaced)
         store_neighbours(edit, [segment])
         merge_added(edit)
-        edit.commit()
+        return edit.commit()
 
     def _embedder(self, manifest: Manifest) -> Embedder:
         """The embedder that the database was built with."""
@@ -225,6 +229,17 @@ def _is_same(document: ChunkedDocument, store: ChunkStore, row: int) -> bool:
         return False
     rows = np.arange(*store.document_rows(row))
     return np.array_equal(store.tokens(rows), document.tokens) and np.array_equal(store.lengths(rows), document.lengths)
+
+
+def _advice(manifest: Manifest) -> str | None:
+    target_recall = manifest.settings.get("database", {}).get("target_recall", 0.95)
+    chosen_by_size = manifest.index.factory == "Flat" and not manifest.index_curve
+    if chosen_by_size and not is_searched_exactly(manifest.num_live_chunks, manifest.key_dim, target_recall):
+        return (
+            f"all {manifest.num_live_chunks:,} chunks are compared with every query, as when there were fewer: "
+            "python -m retro_ray compact chooses an index for so many"
+        )
+    return None
 
 
 def _named(names: Sequence[str]) -> str:

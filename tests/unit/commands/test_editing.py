@@ -62,6 +62,7 @@ def test_the_four_commands(
         "documents_unchanged": 0,
         "chunks_added": 2,
         "skipped_records": {"missing column": 1},
+        "advice": None,
     }
 
     (tmp_path / "page.md").write_text("# A page\n\ndelta epsilon")

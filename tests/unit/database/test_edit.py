@@ -43,6 +43,16 @@ def test_added_documents_are_found_and_nothing_else_is_touched(home: Path, edito
     after.check_files(*after.manifest.files)
 
 
+def test_a_database_that_outgrew_its_exact_index_says_so(
+    home: Path, editor: DatabaseEditor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert editor.add([document("new")]).advice is None
+    monkeypatch.setattr("retro_ray.database.index_choice.MAX_EXACT_CHUNKS", 3)
+    advice = editor.add([document("newer")]).advice
+    assert advice is not None
+    assert "retro_ray compact" in advice
+
+
 def test_only_what_is_added_is_embedded_and_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The price of an addition does not grow with the database."""
     embedder = HashEmbedder()
