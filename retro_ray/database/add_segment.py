@@ -49,11 +49,13 @@ def write_documents(
 def write_chunked(
     folder: Path, documents: Iterable[ChunkedDocument], chunk_length: int, vocab_size: int
 ) -> SegmentWriter:
-    """`write_documents` of documents that are chunks already."""
-    with SegmentWriter(folder, chunk_length, vocab_size) as writer:
+    """`write_documents` of documents that are chunks already; they may become so while they are taken."""
+    bar = progress_bar(None, "chunk", " documents", delay_s=PROGRESS_DELAY_S)
+    with SegmentWriter(folder, chunk_length, vocab_size) as writer, bar:
         block: list[ChunkedDocument] = []
         for document in documents:
             block.append(document)
+            bar.update()
             if sum(len(chunked.tokens) for chunked in block) >= _CHUNKS_PER_BLOCK:
                 _write_block(writer, block, vocab_size)
                 block = []

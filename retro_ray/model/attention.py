@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from retro_ray.model.causal_attention import causal_attention, refusal
 from retro_ray.model.layers import Rotary, residual_scale, rotate, rotate_rows, start_normal
-from retro_ray.model.rms_norm import RMSNorm
+from retro_ray.model.rms_norm import RMSNorm, has_many_rows_on_cpu
 
 if TYPE_CHECKING:
     from retro_ray.model.new_tokens import NewTokens
@@ -79,8 +79,7 @@ def attend(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Mask | None = N
         return cast("Tensor", out)  # a tuple only if more is asked for
     num_queries, num_keys = q_BHTE.shape[-2], k_BGSE.shape[-2]
     on_cpu = q_BHTE.device.type == "cpu"
-    in_blocks = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")  # training and scoring, see RMSNorm
-    if on_cpu and causal and num_queries <= _TRAINED_MAX_POSITIONS and in_blocks:
+    if causal and num_queries <= _TRAINED_MAX_POSITIONS and has_many_rows_on_cpu(q_BHTE):
         if (shared_by := q_BHTE.shape[1] // k_BGSE.shape[1]) > 1:
             k_BGSE, v_BGSE = (x.repeat_interleave(shared_by, dim=1) for x in (k_BGSE, v_BGSE))
         return causal_attention(q_BHTE, k_BGSE, v_BGSE, mask)

@@ -16,7 +16,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.eps is None or not _has_many_rows_on_cpu(x):
+        if self.eps is None or not _in_own_steps(x):
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         return _RMSNorm.apply(x, self.weight, self.eps, dtype)
@@ -24,16 +24,18 @@ class RMSNorm(nn.RMSNorm):
 
 def normalise(x: Tensor, eps: float) -> Tensor:
     """`x` with a mean square of 1 in every row."""
-    if not _has_many_rows_on_cpu(x):
+    if not _in_own_steps(x):
         return F.rms_norm(x, x.shape[-1:], eps=eps)
     return _RMSNorm.apply(x, None, eps, x.dtype)
 
 
-def _has_many_rows_on_cpu(x: Tensor) -> bool:
-    """In training, or in scoring, which alone computes under autocast; generating has few."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
-        return False
-    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+def has_many_rows_on_cpu(x: Tensor) -> bool:
+    """Whether it is one of training, or of scoring under autocast; generating has few."""
+    return x.device.type == "cpu" and (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+
+
+def _in_own_steps(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64) and has_many_rows_on_cpu(x)
 
 
 class _RMSNorm(torch.autograd.Function):
