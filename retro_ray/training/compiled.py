@@ -39,4 +39,4 @@ def compile_blocks(model: RetroModel, device: torch.device) -> None:
     model.attends_in_blocks = device.type == "cuda"  # FlexAttention has no backward pass on a CPU
     for block in (*decoder_blocks(model), *(model.encoder.layers if model.encoder else ()), model.pointer):
         if block is not None:
-            block.compile()
+            block.compile(dynamic=False)

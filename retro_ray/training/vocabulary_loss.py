@@ -146,7 +146,7 @@ def _fused_nats_and_slopes() -> Callable[..., torch.Tensor]:
         slopes_VN.copy_((shares / total_N - is_target.to(shares.dtype)) * real_N)
         return (total_N.log() + highest_N - logits.gather(0, targets_N[None])[0]) * real_N
 
-    return torch.compile(nats_and_slopes)
+    return torch.compile(nats_and_slopes, dynamic=False)
 
 
 def vocabulary_loss(

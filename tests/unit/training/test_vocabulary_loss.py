@@ -21,7 +21,7 @@ def positions_at_once(request, monkeypatch):
 @pytest.fixture(params=["eager", "compiled"])
 def loss(request, monkeypatch):
     """Its own code, and what is compiled on a GPU, not compiled."""
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(module, "_TILE", 1)  # so that parts can be as small
     module._fused_nats_and_slopes.cache_clear()
     yield partial(vocabulary_loss, compiled=request.param == "compiled")
