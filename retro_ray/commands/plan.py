@@ -42,8 +42,8 @@ class Plan:
     optimizer: Literal["adamw", "muon"] | None = None
     """muon: Muon for the matrices inside the blocks, AdamW for all else."""
     measured_flops: float | None = None
-    """FLOP/s that one worker reaches in training (for an H100 3e14 to 5e14; jobs/train.py says the share of
-    peak). Default: measured here, in some seconds."""
+    """FLOP/s that one worker reaches in training (an H200 reached 3.8e14 with paper-172m, 4.5e14 with
+    paper-425m; jobs/train.py says the share of peak). Default: measured here; on a GPU that takes a minute."""
     json: bool = False
     """Print one JSON object."""
 
