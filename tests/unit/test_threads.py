@@ -1,11 +1,15 @@
 """What all other tests show with one thread, with two: what is computed does not depend on their number."""
 
+import threading
 from collections.abc import Iterator
 
 import faiss
+import numpy as np
 import pytest
 import torch
 
+from retro_ray.embedding import ChunkEmbedder
+from retro_ray.openmp import computing_alone
 from tests.unit import test_embedding
 from tests.unit.index import test_shard
 from tests.unit.model import test_information_flow
@@ -45,3 +49,23 @@ _kernel = test_information_flow._kernel
 test_no_neighbours_none_left_and_all_masked_are_bitwise_alike = (
     test_information_flow.test_no_neighbours_none_left_and_all_masked_are_bitwise_alike
 )
+
+
+def test_batches_of_texts_have_keys_that_no_number_of_threads_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are divided among threads; what one of them meets is told."""
+    embedder = ChunkEmbedder(batch_size=2)
+    texts = [text + str(n) for n in range(3) for text in test_embedding.TEXTS]
+    by_several = embedder.embed(texts)
+    with computing_alone():
+        assert np.array_equal(embedder.embed(texts), by_several)
+    threads = set()
+
+    def broken(encoded: list[list[int]], lengths: np.ndarray) -> np.ndarray:
+        threads.add(threading.current_thread().name)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(embedder, "_embed_batch", broken)
+    with pytest.raises(MemoryError, match="no room"):
+        embedder.embed(texts)
+    assert threads
+    assert all(name.startswith("embed") for name in threads)
