@@ -33,8 +33,6 @@ from retro_ray.training.flops import peak_flops, training_flops_per_token
 from retro_ray.training.measure import training_rate
 
 _SHAPES = {"cpu": (SMALL, PAPER), "cuda": ON_GPU}
-_RECIPES = ("paper-172m", "paper-425m")
-_VOCAB_SIZE = 32_000
 _SEQUENCES_ON_GPU = 16
 
 
@@ -120,11 +118,11 @@ def _arithmetic(shape: Shape, rates: dict[str, float], peak: float) -> dict[str,
 
 
 def recipes_on_gpu() -> dict[str, dict[str, float]]:
-    """Tokens per second of the paper's two smallest recipes, and MFU: the share of what the GPU's data sheet gives."""
+    """Tokens per second of the recipes of the same names, and MFU: the share of what the GPU's data sheet gives."""
     device, found = torch.device("cuda"), {}
     print(f"{'recipe':>24}{'compiled':>10}{'tokens/s':>12}{'TFLOP/s':>10}{'MFU':>8}{'GiB':>8}")
-    for name in _RECIPES:
-        recipe = get_recipe(name)(_VOCAB_SIZE)
+    for shape in ON_GPU:
+        name, recipe = shape.name, get_recipe(shape.name)(shape.vocab_size)
         for compiled in ("yes", "no"):
             training = dataclasses.replace(
                 recipe.training, batch_size=_SEQUENCES_ON_GPU, micro_batch_size=_SEQUENCES_ON_GPU, compile=compiled

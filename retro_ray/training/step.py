@@ -94,10 +94,10 @@ class TrainingStep:
         self._config = config
         self._device = device
         self._world_size = dist.get_world_size() if dist.is_initialized() else 1
-        self.compiled = resolve_compile(config.compile, device)
-        if self.compiled:
+        self._compiled = resolve_compile(config.compile, device)
+        if self._compiled:
             compile_blocks(model, device)
-        loss = NextTokenLoss(model, config.plain_loss_share, self.compiled)
+        loss = NextTokenLoss(model, config.plain_loss_share, self._compiled)
         self._module = join_workers(loss, model, config.parallel, device)
         self.optimizer = Optimizer(model, config)
 
@@ -125,7 +125,8 @@ class TrainingStep:
     def whole_weights(self) -> Iterator[None]:
         """While it is held, the model may be used by each worker alone, as for a validation between steps."""
         # Nothing is compiled for what comes in other shapes each time.
-        with whole_weights(self._module), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager") if self._compiled else contextlib.nullcontext()
+        with whole_weights(self._module), eager:
             yield
 
     def _forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

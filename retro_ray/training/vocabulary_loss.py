@@ -62,8 +62,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             num_parts = max(1, math.ceil(len(h_ND) / step))
             step = min(step, _TILE * math.ceil(len(h_ND) / (num_parts * _TILE)))
         size = min(len(h_ND), max(step, 0 if compiled else _in_tiles(_SLOPES_AT_ONCE // vocab_size)))
-        nats_and_slopes = _fused_nats_and_slopes()
-        if not compiled:
+        if compiled:
+            nats_and_slopes = _fused_nats_and_slopes()
+        else:
             buffer_VN = torch.empty(vocab_size, min(size, step), dtype=plain_nats_N.dtype, device=device)
             nats_and_slopes = partial(_nats_and_slopes, buffer_VN=buffer_VN)
         slopes_VN = torch.empty(vocab_size, size, dtype=dtype, device=device)
