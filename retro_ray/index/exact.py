@@ -14,12 +14,15 @@ from typing import Any
 import faiss
 import numpy as np
 
-from retro_ray.index.merge import Candidates, merge_candidates
+from retro_ray.index.merge import Candidates, merge_candidates, pack_distances, unpack_columns
 
 FAISS: Any = faiss
 """The same library, for what its type stubs leave out."""
 _MARGIN = 8
 """Rows fetched beyond those asked for, so that ties and rounding seldom need a second search."""
+_FEW_KEYS = 4096
+_BATCH = 20
+"""Queries from which on FAISS multiplies matrices. Of few keys it then takes longer to choose than to multiply."""
 
 
 def squared_distances(queries: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -52,12 +55,25 @@ class ExactKeys:
             selector: the rows to choose from; None: all.
         """
         num_rows = min(num_rows, len(self._keys))
-        rough = np.empty((len(queries), num_rows), np.float32)
-        rows = np.full((len(queries), num_rows), -1, np.int64)
-        if not rows.size:
-            return Candidates(rough, rough, rows, np.full(len(queries), np.inf, np.float32))
-        pointer = faiss.swig_ptr
+        if not num_rows or not len(queries):
+            nothing = np.empty((len(queries), num_rows), np.float32)
+            return Candidates(nothing, nothing, nothing.astype(np.int64), np.full(len(queries), np.inf, np.float32))
         queries = np.ascontiguousarray(queries, np.float32)
+        if selector is None and len(queries) >= _BATCH and num_rows < len(self._keys) <= _FEW_KEYS:
+            farthest, rows = self._choose(queries, num_rows)
+        else:
+            farthest, rows = self._search(queries, num_rows, selector)
+        distances = squared_distances(queries, self._keys, rows)
+        seen_all = (rows[:, -1] < 0) | (num_rows == len(self._keys))
+        hidden_from = np.where(seen_all, np.inf, farthest - self._rounding(queries))
+        return Candidates(distances, distances, rows, hidden_from.astype(np.float32))
+
+    def _search(
+        self, queries: np.ndarray, num_rows: int, selector: faiss.IDSelector | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The nearest rows as FAISS finds them, int64 [Q, C], and how far the last one is to it, float32 [Q]."""
+        rough, rows = np.empty((len(queries), num_rows), np.float32), np.full((len(queries), num_rows), -1, np.int64)
+        pointer = faiss.swig_ptr
         faiss.knn_L2sqr(
             pointer(queries),
             pointer(self._keys),
@@ -70,10 +86,18 @@ class ExactKeys:
             None,
             selector,
         )
-        distances = squared_distances(queries, self._keys, rows)
-        seen_all = (rows[:, -1] < 0) | (num_rows == len(self._keys))
-        hidden_from = np.where(seen_all, np.inf, rough[:, -1] - self._rounding(queries))
-        return Candidates(distances, distances, rows, hidden_from.astype(np.float32))
+        return rough[:, -1], rows
+
+    def _choose(self, queries: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `_search`, from the distances to all keys."""
+        rough, pointer = np.empty((len(queries), len(self._keys)), np.float32), faiss.swig_ptr
+        FAISS.pairwise_L2sqr(
+            self._keys.shape[1], len(queries), pointer(queries), len(self._keys), pointer(self._keys), pointer(rough)
+        )
+        packed = pack_distances(rough.clip(min=0))  # rounding can make them negative
+        packed.partition(num_rows - 1, axis=1)
+        rows = unpack_columns(packed[:, :num_rows])
+        return np.take_along_axis(rough, rows[:, -1:], 1)[:, 0], rows
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The `k` nearest rows, ties by row: distances float32 [Q, k], rows int64 [Q, k]; inf and -1 where missing."""

@@ -79,21 +79,32 @@ def nearest(distances: np.ndarray, ids: np.ndarray, k: int) -> np.ndarray:
         ids: int64 [Q, C].
         k: how many to keep.
     """
-    # Distance and column in one integer: floats that are not negative sort like their bits, and NumPy sorts 64-bit
-    # integers several times faster than it sorts by two keys.
-    columns = np.arange(distances.shape[1], dtype=np.uint64)
-    # Adding zero makes -0.0 positive.
-    packed = (np.ascontiguousarray(distances, np.float32) + np.float32(0)).view(np.uint32).astype(np.uint64)
-    packed <<= np.uint64(32)
-    packed |= columns
+    packed = pack_distances(distances)
     packed.sort(axis=1)
-    order = (packed[:, :k] & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    order = unpack_columns(packed[:, :k])
     # Where equal distances follow each other, the ids decide.
     bits = packed[:, : k + 1] >> np.uint64(32)
     infinity = np.uint64(np.float32(np.inf).view(np.uint32))
     tied = ((bits[:, 1:] == bits[:, :-1]) & (bits[:, 1:] < infinity)).any(axis=1)
     order[tied] = np.lexsort((ids[tied], distances[tied]), axis=-1)[:, :k]
     return order
+
+
+def pack_distances(distances: np.ndarray) -> np.ndarray:
+    """Distance and column in one integer, uint64 [Q, C], for distances float32 [Q, C] that are not negative.
+
+    They sort like their bits, and NumPy sorts 64-bit integers several times faster than it sorts by two keys.
+    """
+    # Adding zero makes -0.0 positive.
+    packed = (np.ascontiguousarray(distances, np.float32) + np.float32(0)).view(np.uint32).astype(np.uint64)
+    packed <<= np.uint64(32)
+    packed |= np.arange(distances.shape[1], dtype=np.uint64)
+    return packed
+
+
+def unpack_columns(packed: np.ndarray) -> np.ndarray:
+    """The columns, int64, of what `pack_distances` gave."""
+    return (packed & np.uint64(0xFFFFFFFF)).astype(np.int64)
 
 
 def pad_columns(values: np.ndarray, k: int, fill: float) -> np.ndarray:

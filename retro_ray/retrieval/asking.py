@@ -6,7 +6,7 @@ memory-mapped segments (a home is a folder that all nodes share), so only small 
 
 from __future__ import annotations
 
-import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -35,8 +35,15 @@ _PAUSE_S = 0.01
 class Shards(Protocol):
     """Reaches the side that answers."""
 
-    requests_at_a_time: int
-    """Of one large batch: one is prepared and merged while the shards work on the others."""
+    @property
+    def requests_at_a_time(self) -> int:
+        """How many requests of one large batch to work on side by side, each in a thread of its own."""
+        ...
+
+    @property
+    def queries_worth_a_request(self) -> int:
+        """A batch is not cut into requests of fewer."""
+        ...
 
     def ask(self, request: CandidateRequest, num_shards: int) -> tuple[Sequence[CandidateAnswer], tuple[int, ...]]:
         """The answers of the shards, and the shards that gave none.
@@ -120,9 +127,7 @@ class Asker:
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._view = _open_view(follow, follow.current(), None)
-        self._pool = None
-        if shards.requests_at_a_time > 1:
-            self._pool = ThreadPoolExecutor(shards.requests_at_a_time, thread_name_prefix="retro-ray-asking")
+        self._pool = ThreadPoolExecutor(shards.requests_at_a_time, thread_name_prefix="retro-ray-asking")
 
     @property
     def database(self) -> Database:
@@ -165,12 +170,13 @@ class Asker:
 
         def search_piece(piece: slice) -> tuple[np.ndarray, np.ndarray]:
             excluded = None if excluded_ids is None else excluded_ids[piece]
-            # Where shards are elsewhere, the processors are theirs: none of ours shall wait busily for another.
-            with contextlib.nullcontext() if self._pool is None else one_thread():
+            # No team of OpenMP's, whose threads wait for each other, awake: each has queries of its own.
+            with one_thread():
                 return search_parts(queries[piece], k, spec, view.encoder, asking, excluded)
 
-        pieces = list(_pieces(len(queries)))
-        over = map if self._pool is None or len(pieces) == 1 else self._pool.map
+        at_a_time = min(self._shards.requests_at_a_time, len(queries) // self._shards.queries_worth_a_request)
+        pieces = list(_pieces(len(queries), max(1, at_a_time)))
+        over = self._pool.map if at_a_time > 1 else map
         found = over(search_piece, pieces)
         distances, chunk_ids = (np.concatenate(column) for column in zip(*found, strict=True))
         return Found(view.database, distances, chunk_ids, tuple(sorted(asking.missing)))
@@ -186,10 +192,11 @@ class Asker:
             return self._view
 
 
-def _pieces(num_queries: int) -> Iterator[slice]:
-    yield slice(0, min(num_queries, QUERIES_PER_REQUEST))
-    for start in range(QUERIES_PER_REQUEST, num_queries, QUERIES_PER_REQUEST):
-        yield slice(start, min(num_queries, start + QUERIES_PER_REQUEST))
+def _pieces(num_queries: int, at_a_time: int) -> Iterator[slice]:
+    """Of about equal size, as many for each of those that work side by side."""
+    num_rounds = max(1, math.ceil(num_queries / (at_a_time * QUERIES_PER_REQUEST)))
+    size = max(1, math.ceil(num_queries / (at_a_time * num_rounds)))
+    return (slice(start, min(num_queries, start + size)) for start in range(0, max(1, num_queries), size))
 
 
 def _open_view(follow: FollowedManifest, commit: Commit, before: _View | None) -> _View:

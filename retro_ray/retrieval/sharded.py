@@ -19,6 +19,7 @@ from retro_ray.config import RetrievalConfig
 from retro_ray.database.format import Manifest, database_directory
 from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError
+from retro_ray.retrieval.asking import QUERIES_PER_REQUEST
 from retro_ray.retrieval.database_retriever import DatabaseRetriever
 from retro_ray.retrieval.failover import FailoverClient, Failure, FailureKind
 from retro_ray.retrieval.following import FollowedManifest
@@ -74,6 +75,8 @@ class RayShards:
     """Asks shard actors."""
 
     requests_at_a_time = 3
+    """One is prepared, and one merged, while the shards work on another."""
+    queries_worth_a_request = QUERIES_PER_REQUEST
 
     def __init__(self, transport: RayTransport, config: RetrievalConfig, directory: Path) -> None:
         self._client = FailoverClient(

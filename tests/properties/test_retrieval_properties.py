@@ -45,6 +45,7 @@ class ServedShards:
     """Shards as actors hold them, each with replicas that fail as a test says; the client is the real one."""
 
     requests_at_a_time = 3
+    queries_worth_a_request = 1
 
     def __init__(self, home: Home, trouble: Sequence[int]) -> None:
         self.replicas = [

@@ -56,7 +56,7 @@ def ranges_strategy(num_queries: int, num_rows: int) -> st.SearchStrategy:
 @given(
     seed=st.integers(0, 2**32 - 1),
     num_rows=st.integers(0, 40),
-    num_queries=st.integers(0, 4),
+    num_queries=st.one_of(st.integers(0, 4), st.just(24)),
     dim=st.sampled_from([2, 8]),
     k=st.integers(0, 12),
     spread=st.sampled_from([1, 3]),
