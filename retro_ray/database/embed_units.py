@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ _BLOCK_BYTES = 1 << 15
 # An embedder actor and a chunking task that feeds it share a CPU, so that both run where there is only one.
 _CPUS_PER_EMBEDDER = 0.75
 _CPUS_PER_CHUNKER = 0.25
+_CHUNKS_WORTH_AN_EMBEDDER = 1000
+"""A CPU embeds as many in about the time in which an embedder starts."""
 
 
 def embed_units(
@@ -52,7 +55,7 @@ def embed_units(
         split: which partition each document belongs to.
         pages: folder of the pages.
         tokenizer_folder: of the database's tokenizer.
-        num_chunks: about how many there will be, for the progress bar.
+        num_chunks: about how many there will be: a few need few embedders, and the progress bar shows it.
         excluded: documents near to one of these are left out.
     """
     context = ray.data.DataContext.get_current()
@@ -62,6 +65,7 @@ def embed_units(
     context.raise_original_map_exception = True  # Ray Data's own hides what failed: a full disk, say
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     num_cpus, num_gpus = num_free_cpus(), num_cluster_gpus()
+    num_embedders = min(num_gpus or num_cpus, math.ceil(max(1, num_chunks) / _CHUNKS_WORTH_AN_EMBEDDER))
     embedder_resources: dict[str, Any] = {"num_gpus": 1} if num_gpus else {"num_cpus": _CPUS_PER_EMBEDDER}
     receipts = (
         ray.data.from_items([{"unit": json.dumps(unit.to_dict())} for unit in units], override_num_blocks=len(units))
@@ -84,7 +88,7 @@ def embed_units(
             PageEmbedder,
             fn_constructor_args=(pages, tokenizer_folder, config.embedder, 1),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=num_gpus or num_cpus),
+            compute=ray.data.ActorPoolStrategy(size=num_embedders),
             runtime_env={"env_vars": {**FAST_ALLOCATOR_ENV, "TOKENIZERS_PARALLELISM": "false"}},
             **embedder_resources,
         )

@@ -6,7 +6,8 @@ memory-mapped segments (a home is a folder that all nodes share), so only small 
 
 from __future__ import annotations
 
-import math
+import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,8 +28,6 @@ from retro_ray.retrieval.answering import nothing_found
 from retro_ray.retrieval.following import Commit, CommitId, FollowedManifest
 from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
 
-QUERIES_PER_REQUEST = 1024
-"""A larger batch goes in pieces."""
 _PAUSE_S = 0.01
 
 
@@ -41,8 +40,12 @@ class Shards(Protocol):
         ...
 
     @property
-    def queries_worth_a_request(self) -> int:
-        """A batch is not cut into requests of fewer."""
+    def are_elsewhere(self) -> bool:
+        """Whether the processors of this process are not theirs."""
+        ...
+
+    def num_requests(self, num_queries: int) -> int:
+        """Into how many requests to cut a batch."""
         ...
 
     def ask(self, request: CandidateRequest, num_shards: int) -> tuple[Sequence[CandidateAnswer], tuple[int, ...]]:
@@ -168,16 +171,18 @@ class Asker:
         asking = _Asking(view, self._shards)
         spec = view.database.manifest.index
 
+        num_requests = self._shards.num_requests(len(queries))
+        at_a_time = min(self._shards.requests_at_a_time, num_requests)
+
         def search_piece(piece: slice) -> tuple[np.ndarray, np.ndarray]:
             excluded = None if excluded_ids is None else excluded_ids[piece]
-            # No team of OpenMP's, whose threads wait for each other, awake: each has queries of its own.
-            with one_thread():
+            # Threads of OpenMP wait for each other, awake: they would be in the way of shards elsewhere, and of each
+            # other where every thread has queries of its own.
+            with one_thread() if at_a_time > 1 or self._shards.are_elsewhere else contextlib.nullcontext():
                 return search_parts(queries[piece], k, spec, view.encoder, asking, excluded)
 
-        at_a_time = min(self._shards.requests_at_a_time, len(queries) // self._shards.queries_worth_a_request)
-        pieces = list(_pieces(len(queries), max(1, at_a_time)))
         over = self._pool.map if at_a_time > 1 else map
-        found = over(search_piece, pieces)
+        found = list(over(search_piece, _pieces(len(queries), num_requests)))
         distances, chunk_ids = (np.concatenate(column) for column in zip(*found, strict=True))
         return Found(view.database, distances, chunk_ids, tuple(sorted(asking.missing)))
 
@@ -192,11 +197,9 @@ class Asker:
             return self._view
 
 
-def _pieces(num_queries: int, at_a_time: int) -> Iterator[slice]:
-    """Of about equal size, as many for each of those that work side by side."""
-    num_rounds = max(1, math.ceil(num_queries / (at_a_time * QUERIES_PER_REQUEST)))
-    size = max(1, math.ceil(num_queries / (at_a_time * num_rounds)))
-    return (slice(start, min(num_queries, start + size)) for start in range(0, max(1, num_queries), size))
+def _pieces(num_queries: int, num_pieces: int) -> Iterator[slice]:
+    bounds = np.linspace(0, num_queries, num_pieces + 1).astype(int).tolist()
+    return (slice(start, stop) for start, stop in itertools.pairwise(bounds))
 
 
 def _open_view(follow: FollowedManifest, commit: Commit, before: _View | None) -> _View:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import faiss
 
 from retro_ray.config import RetrievalConfig
@@ -11,11 +13,13 @@ from retro_ray.retrieval.database_retriever import DatabaseRetriever
 from retro_ray.retrieval.following import FollowedManifest
 from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
 
+_MIN_QUERIES_PER_REQUEST, _MAX_QUERIES_PER_REQUEST = 64, 1024
+
 
 class LocalShards:
     """All segments in this process, as one shard."""
 
-    queries_worth_a_request = 64
+    are_elsewhere = False
 
     def __init__(self, served: ServedShard) -> None:
         self._served = served
@@ -24,6 +28,10 @@ class LocalShards:
     def requests_at_a_time(self) -> int:
         """As many as FAISS has threads: each works on requests of its own, from preparing to merging."""
         return faiss.omp_get_max_threads()
+
+    def num_requests(self, num_queries: int) -> int:
+        num_threads = max(1, min(self.requests_at_a_time, num_queries // _MIN_QUERIES_PER_REQUEST))
+        return num_threads * max(1, math.ceil(num_queries / (num_threads * _MAX_QUERIES_PER_REQUEST)))
 
     def ask(self, request: CandidateRequest, num_shards: int) -> tuple[list[CandidateAnswer], tuple[int, ...]]:
         return self._served.answer([request]), ()

@@ -128,6 +128,7 @@ def start_replica(
         max_restarts=-1,
         max_task_retries=0,  # a client asks another replica at once, or decides to wait
         max_concurrency=_MAX_CONCURRENCY,
+        enable_task_events=False,  # every search would be reported to the cluster's head
         # Ray starts it again on its node. When that is gone, a client chooses another, as it does here.
         scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
     ).remote(str(name.directory.absolute()), name.shard, threads, mmap, None if pinned is None else pinned.to_dict())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import threading
 import time
@@ -19,7 +20,6 @@ from retro_ray.config import RetrievalConfig
 from retro_ray.database.format import Manifest, database_directory
 from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError
-from retro_ray.retrieval.asking import QUERIES_PER_REQUEST
 from retro_ray.retrieval.database_retriever import DatabaseRetriever
 from retro_ray.retrieval.failover import FailoverClient, Failure, FailureKind
 from retro_ray.retrieval.following import FollowedManifest
@@ -30,6 +30,9 @@ from retro_ray.retrieval.wire import MAX_BYTES, answer_from_bytes, request_to_by
 logger = logging.getLogger(__name__)
 
 _REVIVALS_AT_A_TIME = 16
+_QUERIES_PER_REQUEST = 2048
+"""At most. Smaller ones, and their answers, cost more time by themselves than they save by being worked on side by
+side."""
 
 
 class ShardedRetriever(DatabaseRetriever):
@@ -76,7 +79,7 @@ class RayShards:
 
     requests_at_a_time = 3
     """One is prepared, and one merged, while the shards work on another."""
-    queries_worth_a_request = QUERIES_PER_REQUEST
+    are_elsewhere = True
 
     def __init__(self, transport: RayTransport, config: RetrievalConfig, directory: Path) -> None:
         self._client = FailoverClient(
@@ -87,6 +90,9 @@ class RayShards:
             database=str(directory),
             first_replica=os.getpid(),
         )
+
+    def num_requests(self, num_queries: int) -> int:
+        return max(1, math.ceil(num_queries / _QUERIES_PER_REQUEST))
 
     def ask(
         self, request: CandidateRequest | None, num_shards: int

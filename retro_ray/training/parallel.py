@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.compiled import decoder_blocks
+
+if TYPE_CHECKING:  # a second to import, in every process that trains, evaluates or serves; only FSDP needs them
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 Parallel = Literal["ddp", "fsdp"]
 
@@ -39,6 +41,8 @@ def join_workers(loss: nn.Module, model: RetroModel, parallel: Parallel, device:
             gradient_as_bucket_view=True,
             find_unused_parameters=bool(model.config.cca_layers),
         )
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in (*decoder_blocks(model), model.encoder, model.pointer):
         if block is not None:
@@ -53,7 +57,7 @@ def whole_weights(loss: nn.Module) -> Iterator[None]:
 
     All workers must enter and leave it together, when a step has been taken.
     """
-    parts = [module for module in loss.modules() if isinstance(module, FSDPModule)]
+    parts = [module for module in loss.modules() if _is_in_parts(module)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
@@ -72,15 +76,30 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        whole_tensor = whole(tensor)
         if keep:
-            found[name] = whole.detach().cpu().contiguous()
+            found[name] = whole_tensor.detach().cpu().contiguous()
     return found
 
 
-def own_part(whole: Tensor, like: Tensor) -> Tensor:
-    """What a worker has of `whole`, if of another tensor it has `like`; on the same device."""
-    whole = whole.to(like.device)
-    if not isinstance(like, DTensor):
-        return whole
-    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor of which each worker may have a part; all workers must call it."""
+    return tensor.full_tensor() if _is_part(tensor) else tensor
+
+
+def own_part(tensor: Tensor, like: Tensor) -> Tensor:
+    """What a worker has of a whole tensor, if of another one it has `like`; on the same device."""
+    tensor = tensor.to(like.device)
+    if not _is_part(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)
+
+
+def _is_part(tensor: Tensor) -> TypeGuard[DTensor]:
+    return hasattr(tensor, "full_tensor")
+
+
+def _is_in_parts(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return hasattr(module, "unshard")

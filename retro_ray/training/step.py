@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from retro_ray.config import TrainingConfig
@@ -19,7 +18,7 @@ from retro_ray.precision import bf16_is_fast
 from retro_ray.training.batches import StepBatch
 from retro_ray.training.compiled import compile_blocks, resolve_compile
 from retro_ray.training.optimizer import Optimizer
-from retro_ray.training.parallel import join_workers, whole_weights
+from retro_ray.training.parallel import join_workers, whole, whole_weights
 from retro_ray.training.vocabulary_loss import vocabulary_loss
 from retro_ray.training.windows import NO_TARGET, Batch
 
@@ -116,10 +115,8 @@ class TrainingStep:
         if self._world_size > 1:
             dist.all_reduce(total)
         norm = nn.utils.clip_grad_norm_(self.optimizer.parameters, self._config.max_gradient_norm)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
         rate = self.optimizer.step(share.step)
-        return StepResult(loss=total / share.num_targets, gradient_norm=norm, learning_rate=rate)
+        return StepResult(loss=total / share.num_targets, gradient_norm=whole(norm), learning_rate=rate)
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from retro_ray.config import CorpusConfig
+from retro_ray.database import embed_units
 from retro_ray.database.build import DatabaseBuilder
 from retro_ray.ray_session import NAMESPACE, connect
 from tests.integration.small_corpus import CONFIG, Built, write_corpus
@@ -52,5 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, _started_ray: None) -> Built
     folder = tmp_path_factory.mktemp("built")
     documents = write_corpus(folder / "in")
     corpus = CorpusConfig(input=(str(folder / "in"),))
-    manifest = DatabaseBuilder(folder / "home", corpus, CONFIG).run()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(embed_units, "_CHUNKS_WORTH_AN_EMBEDDER", 1)  # so by two; all other builds of it by one
+        manifest = DatabaseBuilder(folder / "home", corpus, CONFIG).run()
     return Built(folder / "home", corpus, documents, manifest)

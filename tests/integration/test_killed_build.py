@@ -17,7 +17,7 @@ from retro_ray.database.format import MANIFEST_NAME
 from retro_ray.database.store import Database
 from tests.integration.small_corpus import FLAGS, Built
 
-# With one CPU, so one embedder, where the undisturbed build had two: that makes no difference, either.
+# With one CPU and one embedder, where the undisturbed build had two: that makes no difference, either.
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("one_cpu"), pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
 

@@ -44,8 +44,8 @@ def corpora(draw: st.DrawFn) -> Corpus:
 class ServedShards:
     """Shards as actors hold them, each with replicas that fail as a test says; the client is the real one."""
 
-    requests_at_a_time = 3
-    queries_worth_a_request = 1
+    requests_at_a_time = 1
+    are_elsewhere = True
 
     def __init__(self, home: Home, trouble: Sequence[int]) -> None:
         self.replicas = [
@@ -57,6 +57,9 @@ class ServedShards:
         self._client = FailoverClient(
             transport, num_replicas=NUM_REPLICAS, timeout_s=1.0, policy="wait", database="database"
         )
+
+    def num_requests(self, num_queries: int) -> int:
+        return 1
 
     def ask(self, request: CandidateRequest, num_shards: int) -> tuple[list[CandidateAnswer], tuple[int, ...]]:
         answers = self._client.finish(self._client.begin(request, num_shards))

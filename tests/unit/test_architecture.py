@@ -115,3 +115,10 @@ def test_the_command_line_starts_without_the_heavy_libraries() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_only_fsdp_loads_what_fsdp_needs() -> None:
+    """A second, in every process that trains, evaluates or serves."""
+    script = "import sys; import retro_ray.training.trainer; print('torch.distributed.tensor' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

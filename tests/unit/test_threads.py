@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from retro_ray.embedding import ChunkEmbedder
+from retro_ray.index.shard import IndexShard
 from retro_ray.openmp import computing_alone
+from retro_ray.retrieval.local import LocalRetriever
 from tests.unit import test_embedding
 from tests.unit.index import test_shard
 from tests.unit.model import test_information_flow
+from tests.unit.retrieval.homes import write_home
 
 NUM_THREADS = 2
 
@@ -69,3 +72,27 @@ def test_batches_of_texts_have_keys_that_no_number_of_threads_changes(monkeypatc
         embedder.embed(texts)
     assert threads
     assert all(name.startswith("embed") for name in threads)
+
+
+def test_batches_of_queries_have_neighbours_that_no_number_of_threads_changes(tmp_path, monkeypatch) -> None:
+    """They are divided among threads, each of which computes alone."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "database").mkdir()
+    keys = rng.standard_normal((30, 8)).astype(np.float32)
+    home = write_home(tmp_path / "database", [[d] * 9 for d in range(30)], keys, [11, 20], [0, 1, 0])
+    retriever = LocalRetriever.open(home.database)
+    queries = rng.standard_normal((5 * 64, 8)).astype(np.float32)
+    with computing_alone():
+        expected = retriever.search_ids(queries, 4)
+    threads, candidates = set(), IndexShard.candidates
+
+    def noted(*arguments):
+        threads.add((threading.current_thread().name, faiss.omp_get_max_threads()))
+        return candidates(*arguments)
+
+    monkeypatch.setattr(IndexShard, "candidates", noted)
+    found = retriever.search_ids(queries, 4)
+    np.testing.assert_array_equal(found[0], expected[0])
+    np.testing.assert_array_equal(found[1], expected[1])
+    assert threads
+    assert all(name.startswith("retro-ray-asking") and num_threads == 1 for name, num_threads in threads)

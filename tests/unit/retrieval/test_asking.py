@@ -45,13 +45,17 @@ class FixedShards:
     """Answers with shards held here, or as a test says."""
 
     requests_at_a_time = 2
-    queries_worth_a_request = 1000
+    are_elsewhere = True
+    num_pieces = 1
 
     def __init__(self, home: Home, change: Callable[[list[CandidateAnswer]], Sequence[CandidateAnswer]] = list) -> None:
         self.served = [ServedShard(home.directory, shard) for shard in range(home.manifest.num_shards)]
         self.num_asked = 0
         self.missing: tuple[int, ...] = ()
         self._change = change
+
+    def num_requests(self, num_queries: int) -> int:
+        return self.num_pieces
 
     def ask(self, request: CandidateRequest, num_shards: int) -> tuple[Sequence[CandidateAnswer], tuple[int, ...]]:
         self.num_asked += 1
@@ -142,15 +146,13 @@ def test_a_mapped_shard_answers_the_same_and_checks_sizes(tmp_path: Path, mmap: 
             LocalRetriever.open(database)
 
 
-def test_large_batches_go_in_pieces(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "QUERIES_PER_REQUEST", 7)
+def test_large_batches_go_in_pieces(home: Home) -> None:
     shards = FixedShards(home)
-    monkeypatch.setattr(shards, "queries_worth_a_request", 3)
+    shards.num_pieces = 6
     queries = np.random.default_rng(2).standard_normal((40, DIM)).astype(np.float32)
     excluded = np.stack([np.arange(40) % 24, np.arange(40) % 24 + 3], axis=1)
     found = asker(home, shards).search(queries, 6, excluded)
     assert shards.num_asked >= 6
-    assert shards.num_asked % shards.requests_at_a_time == 0
     expected = LocalRetriever.open(home.database).search_ids(queries, 6, excluded)
     np.testing.assert_array_equal(found.distances, expected[0])
     np.testing.assert_array_equal(found.chunk_ids, expected[1])
