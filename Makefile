@@ -37,11 +37,13 @@ $(VENV)/.browser: | $(VENV)/.test
 	}; } || echo "no Chromium: the playground's tests will be skipped"
 	touch $@
 
-# Two halves side by side: tests with Ray spend much of their time waiting for its processes.
-OTHERS_LOG := $(VENV)/tests-without-ray.log
+# Two halves side by side: tests with Ray spend much of their time waiting for its processes. Those from end to end have a
+# Ray of their own, and come with the shorter half.
+OTHERS_LOG := $(VENV)/other-tests.log
 test: $(VENV)/.test $(VENV)/.browser
-	@$(BIN)/python -m pytest -m "not ray" >$(OTHERS_LOG) 2>&1 & others=$$!; trap "kill $$others" INT TERM; \
-	$(BIN)/python -m pytest -m ray; status=$$?; \
+	@{ $(BIN)/python -m pytest -m "not ray"; status=$$?; $(BIN)/python -m pytest tests/e2e || status=1; exit $$status; } \
+		>$(OTHERS_LOG) 2>&1 & others=$$!; trap "pkill -P $$others; kill $$others" INT TERM; \
+	$(BIN)/python -m pytest -m ray --ignore tests/e2e; status=$$?; \
 	wait $$others || status=1; cat $(OTHERS_LOG); exit $$status
 
 lint: $(VENV)/.test
