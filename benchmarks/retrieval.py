@@ -205,6 +205,7 @@ def _plot_growth(growth: list[dict[str, Any]], path: Path) -> None:
     memory_axis.set_ylim(bottom=0)
     for axis in (time_axis, memory_axis):
         axis.grid(alpha=0.3, which="both")
+        axis.xaxis.set_major_formatter(lambda size, _: f"{size / 1000:,.0f}k")
     time_axis.legend()
     figure.savefig(path, dpi=120)
 

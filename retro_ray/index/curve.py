@@ -8,17 +8,20 @@ from pathlib import Path
 from retro_ray.database.format import IndexSpec, OperatingPoint
 
 
-def is_chosen(point: OperatingPoint, spec: IndexSpec) -> bool:
-    """Whether a point is the setting that a database is searched with."""
-    return (point.factory, point.nprobe, point.refine_factor) == (spec.factory, spec.nprobe, spec.refine_factor)
+def chosen_point(points: Sequence[OperatingPoint], spec: IndexSpec) -> OperatingPoint | None:
+    """The point that is the setting that a database is searched with: on all its keys, which are measured last."""
+    setting = spec.factory, spec.nprobe, spec.refine_factor
+    same = [point for point in points if (point.factory, point.nprobe, point.refine_factor) == setting]
+    return same[-1] if same else None
 
 
 def curve_table(points: Sequence[OperatingPoint], spec: IndexSpec) -> str:
     """One line per measured setting, the chosen one marked."""
     head = f"{'index':<32} {'keys':>10} {'lists':>5} {'refine':>6} {'recall@10':>9} {'queries/s':>10}"
     lines = [f"  {head} {'bytes/chunk':>11}"]
+    chosen = chosen_point(points, spec)
     for point in points:
-        mark = "*" if is_chosen(point, spec) else " "
+        mark = "*" if point is chosen else " "
         lines.append(
             f"{mark} {point.factory:<32} {point.num_chunks:>10,} {point.nprobe:>5} {point.refine_factor:>6.1f} "
             f"{point.recall:>9.4f} {point.queries_per_s:>10,.0f} {point.bytes_per_chunk:>11.0f}"
@@ -47,10 +50,10 @@ def plot_curve(points: Sequence[OperatingPoint], spec: IndexSpec, target_recall:
             markersize=3.5,
             label=f"{factory}, {num_chunks:,} keys, {bytes_per_chunk:.0f} bytes per chunk",
         )
-    for point in points:
-        if is_chosen(point, spec):
-            axes.plot(point.recall, point.queries_per_s, marker="*", markersize=16, color="black", zorder=5)
-            axes.annotate("chosen", (point.recall, point.queries_per_s), textcoords="offset points", xytext=(8, 6))
+    if (chosen := chosen_point(points, spec)) is not None:
+        place = chosen.recall, chosen.queries_per_s
+        axes.plot(*place, marker="*", markersize=16, color="black", zorder=5)
+        axes.annotate("chosen", place, ha="right", textcoords="offset points", xytext=(-8, -14))
     if target_recall is not None:
         axes.axvline(target_recall, color="grey", linestyle="--", linewidth=1)
     axes.set(yscale="log", xlabel="recall@10 against exact search", ylabel="queries per second (batches)")

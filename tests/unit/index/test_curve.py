@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 from matplotlib.image import imread
@@ -29,6 +30,12 @@ def test_the_table_marks_what_was_chosen() -> None:
     assert [line.startswith("*") for line in lines] == [False, True, False]
     assert lines[1].split() == ["*", "IVF64,PQ8x4fs", "120,000", "8", "2.5", "0.9600", "12,500", "80"]
     assert len({len(line) for line in [header, *lines]}) == 1
+
+
+def test_the_same_setting_on_a_sample_is_not_what_was_chosen() -> None:
+    sample = replace(POINTS[1], num_chunks=50_000)
+    lines = curve_table([sample, *POINTS], CHOSEN).splitlines()[1:]
+    assert [line.startswith("*") for line in lines] == [False, False, True, False]
 
 
 def test_the_picture_shows_every_family(tmp_path: Path) -> None:
