@@ -26,6 +26,7 @@ MAX_EXACT_CHUNKS = 60_000
 TRAINING_KEYS_PER_LIST = 128
 """Keys per inverted list that k-means is trained on; FAISS warns under 39 and gains nothing over 256."""
 _MIN_NUM_LISTS = 64
+_LISTS = re.compile(r"(?<=IVF)\d+")
 _WRITE_BYTES = 1 << 24
 
 
@@ -37,12 +38,21 @@ def num_lists_for(num_chunks: int) -> int:
     return max(_MIN_NUM_LISTS, 2 ** round(math.log2(1.2 * math.sqrt(max(1, num_chunks)))))
 
 
+def num_lists_of(factory: str) -> int:
+    """Inverted lists that FAISS's factory string of a compressed index asks for."""
+    return int(_LISTS.findall(factory)[0])
+
+
+def with_lists(factory: str, num_lists: int) -> str:
+    """The same index with another number of inverted lists."""
+    return _LISTS.sub(str(num_lists), factory)
+
+
 def num_training_keys(spec: IndexSpec, num_chunks: int) -> int:
     """How many keys `train_index` wants: 0 for an exact index."""
     if spec.is_exact:
         return 0
-    num_lists = int(re.findall(r"IVF(\d+)", spec.factory)[0])
-    return min(num_chunks, TRAINING_KEYS_PER_LIST * num_lists)
+    return min(num_chunks, TRAINING_KEYS_PER_LIST * num_lists_of(spec.factory))
 
 
 def train_index(spec: IndexSpec, dim: int, sample: np.ndarray) -> faiss.Index:

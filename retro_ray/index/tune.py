@@ -17,7 +17,7 @@ import numpy as np
 
 from retro_ray.database.format import IndexSpec, OperatingPoint
 from retro_ray.errors import ConfigError
-from retro_ray.index.build import fill_index, num_lists_for, num_training_keys, train_index
+from retro_ray.index.build import fill_index, num_lists_for, num_lists_of, num_training_keys, train_index, with_lists
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
 from retro_ray.index.exact import ExactKeys
 from retro_ray.index.merge import Candidates
@@ -151,7 +151,7 @@ def choose_family(
         try_family(factory)
     best = best_affordable()
     if best is not None:
-        try_family(_with_lists(best.factory, num_lists_for(len(keys)) // 2))
+        try_family(with_lists(best.factory, num_lists_for(len(keys)) // 2))
         best = best_affordable()
     if best is None:
         smallest = min(point.bytes_per_chunk for point in points)
@@ -159,8 +159,8 @@ def choose_family(
             f"no index reaches --target-recall {target_recall:g} within --bytes-per-chunk {bytes_per_chunk}: "
             f"the smallest tried takes {smallest:.0f}; lower the one or raise the other"
         )
-    share = _num_lists(best.factory) / num_lists_for(len(keys))
-    return _with_lists(best.factory, round(share * num_lists_for(num_chunks))), points
+    share = num_lists_of(best.factory) / num_lists_for(len(keys))
+    return with_lists(best.factory, round(share * num_lists_for(num_chunks))), points
 
 
 def sweep(
@@ -270,13 +270,3 @@ def ask_parts(parts: Sequence[tuple[int, float, IndexShard]]) -> Ask:
         ]
 
     return ask
-
-
-def _num_lists(factory: str) -> int:
-    return next(int(part.removeprefix("IVF")) for part in factory.split(",") if part.startswith("IVF"))
-
-
-def _with_lists(factory: str, num_lists: int) -> str:
-    """The same family with another number of inverted lists."""
-    parts = factory.split(",")
-    return ",".join(f"IVF{num_lists}" if part.startswith("IVF") else part for part in parts)
