@@ -20,10 +20,11 @@ FAISS: Any = faiss
 """The same library, for what its type stubs leave out."""
 _MARGIN = 8
 """Rows fetched beyond those asked for, so that ties and rounding seldom need a second search."""
-_FEW_KEYS = 1024
 _BATCH = 20
-"""Queries from which on FAISS multiplies matrices. Of few keys it then takes longer to choose than to multiply: with 512
-a query takes 6.7 microseconds here in place of 15.7, with 2,048 no less than there."""
+"""Queries from which on FAISS multiplies matrices."""
+_FEW_KEYS = 1024
+"""To choose among so few, FAISS takes longer than to multiply them; NumPy chooses faster. With 512 a query takes 6.7
+microseconds in place of 15.7, with 2,048 no less."""
 
 
 def squared_distances(queries: np.ndarray, keys: np.ndarray, rows: np.ndarray) -> np.ndarray:
