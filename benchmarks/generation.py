@@ -116,7 +116,7 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
             "tokens_per_s_1_off": one_off.tokens_per_s,
             "tokens_per_s_8_off": eight_off.tokens_per_s,
             "retrieval_hidden_share_8": eight.answers.retrieval_hidden_share,
-            "hf_tokens_per_s": in_own_thread(partial(llama_tokens_per_s, llama, texts[0], benchmark.num_tokens)),
+            "hf_tokens_per_s": in_own_thread(partial(llama_tokens_per_s, llama, texts[:1], benchmark.num_tokens)),
             "read_gb_per_s": in_own_thread(read_bandwidth) / 1e9,
             "time_to_first_token_s": answer_alone(engine, long_text, 1).seconds,
         }

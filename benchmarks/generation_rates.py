@@ -169,15 +169,16 @@ def llama_like(config: ModelConfig) -> LlamaForCausalLM:
     return llama.bfloat16().eval()
 
 
-def llama_tokens_per_s(llama: LlamaForCausalLM, prompt: Sequence[int], num_tokens: int) -> float:
-    """Of transformers' own generate with its KV cache, one stream."""
-    tokens = torch.tensor([list(prompt)])
+def llama_tokens_per_s(llama: LlamaForCausalLM, prompts: Sequence[Sequence[int]], num_tokens: int) -> float:
+    """Of transformers' own generate with its KV cache, as many streams as prompts, which are equally long."""
+    tokens = torch.tensor([list(prompt) for prompt in prompts], device=llama.device)
 
     def generate(count: int) -> None:
         made = llama.generate(tokens, max_new_tokens=count, do_sample=False, use_cache=True)  # pyright: ignore
         assert made.shape[1] == tokens.shape[1] + count, "it ended early"
 
-    return num_tokens / (_seconds(lambda: generate(num_tokens + 1)) - _seconds(lambda: generate(1)))
+    generate(2)
+    return tokens.shape[0] * num_tokens / (_seconds(lambda: generate(num_tokens + 1)) - _seconds(lambda: generate(1)))
 
 
 def retro_pytorch_tokens_per_s(python: Path, config: ModelConfig, context: int, num_tokens: int) -> dict[str, float]:

@@ -109,7 +109,7 @@ class DecodingBatch:
         arrived = [[] if state.is_waiting or state.arrived is None else [state.arrived] for state in states]
         neighbours_BLKR, mask_BLKR = neighbour_tensors(arrived, self._model.config.neighbour_length, self._device)
         logits_NV = self._model.decode_tokens(
-            torch.tensor([token for tokens in read for token in tokens], device=self._device),
+            torch.tensor([token for tokens in read for token in tokens]),
             num_new,
             self._cache,
             None if neighbours_BLKR is None else neighbours_BLKR[:, 0],

@@ -12,6 +12,7 @@ from retro_ray.errors import ConfigError
 from retro_ray.model.attention import KeysValues, open_empty_rows
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.ngrams import NO_TOKEN
+from retro_ray.model.pass_graph import PassGraphs
 from retro_ray.model.pointer import PointedRows
 
 ROW_BLOCK = 64
@@ -42,6 +43,9 @@ class DecodeCache:
 
     Keys and values of self-attention take memory for the slots and tokens in use, and grow with them.
     """
+
+    records_passes = True
+    """Whether passes over it are recorded, on a GPU."""
 
     def __init__(
         self,
@@ -84,6 +88,8 @@ class DecodeCache:
         """[B], on the CPU: rows of the CCA keys that hold something; 0 without neighbours."""
         self.chunk_hidden = zeros(config.chunk_length, config.hidden_dim)
         """[B, M, D]: H of the unfinished chunk in layer min(P), position t at row t modulo m."""
+        self.pass_graphs = PassGraphs() if self.records_passes and device.type == "cuda" else None
+        """Of passes over these tensors; None: passes are not recorded."""
 
     @property
     def batch_size(self) -> int:
@@ -105,6 +111,8 @@ class DecodeCache:
         """Let the first slots have room for the keys and values of so many tokens; no slot loses any."""
         held_slots = len(self.keys[0])
         if num_slots > held_slots or num_tokens > self.held_rows:
+            if self.pass_graphs is not None:  # which are forgotten with every step of growth
+                num_tokens = min(1 << (num_tokens - 1).bit_length(), self.max_tokens)
             self._hold(max(num_slots, held_slots), max(whole_blocks(num_tokens), self.held_rows))
 
     def give_back(self, num_tokens: int) -> None:
@@ -116,6 +124,8 @@ class DecodeCache:
         """Keys and values of self-attention for so many slots and tokens. Tensor by tensor, so that old and new are
         never there together.
         """
+        if self.pass_graphs is not None:
+            self.pass_graphs.clear()
         for store in (self.keys, self.values):
             for number, old in enumerate(store):
                 store[number] = _resized(old, num_slots, old.shape[1], num_rows, old.shape[3])
@@ -180,10 +190,13 @@ class DecodeCache:
         """Which of the first S rows CCA may read in the first slots, bool [num_slots, S]; None: no slot has
         neighbours.
         """
+        num_rows = self.num_rows_to_see(num_slots)
+        return open_empty_rows(self.cca_mask[:num_slots, :num_rows]) if num_rows else None
+
+    def num_rows_to_see(self, num_slots: int) -> int:
+        """S of `seen_rows`; 0: no slot has neighbours."""
         num_rows = int(self.num_neighbour_rows[:num_slots].max())
-        if num_rows == 0:
-            return None
-        return open_empty_rows(self.cca_mask[:num_slots, : rows_to_read(num_rows, self.num_cca_rows)])
+        return rows_to_read(num_rows, self.num_cca_rows) if num_rows else 0
 
     def pointed_rows(self, slots_N: Tensor, num_rows: int) -> PointedRows:
         """The first S rows that the pointer may point at in some slots."""

@@ -16,7 +16,8 @@ from retro_ray.errors import ConfigError
 from retro_ray.model.cache import DecodeCache, PromptRecorder
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.inputs import sequence_inputs
-from retro_ray.model.new_tokens import place_new_tokens
+from retro_ray.model.new_tokens import NewTokens, PassShape, plan_pass
+from retro_ray.model.pass_graph import PassStages
 from retro_ray.model.pointer import DecoderOutput
 
 if TYPE_CHECKING:
@@ -94,29 +95,85 @@ def read_new_tokens(
     longest = max((length + count for length, count in zip(lengths, num_new, strict=True) if count), default=0)
     cache.require_room(longest, 0 if neighbours_BKR is None else neighbours_BKR.shape[1])
     _require_one_chunk(model, lengths, num_new)
-    cache.make_room(len(num_new), longest)
     m = model.config.chunk_length
     completed = [slot for slot, count in enumerate(num_new) if count and (lengths[slot] + 1) % m == 0]
-    h_ND = model.embed_tokens(tokens_N)
-    new = place_new_tokens(model.config, lengths, num_new, cache.held_rows, h_ND.device, h_ND.dtype)
-    cache.write_tokens(new.slots_N, new.positions_N, tokens_N)
-    seen_BS = None
-    for layer in model.layers:
+    tokens, read, kept_rows = tokens_N.tolist(), num_new, None
+    if cache.pass_graphs is not None and not all(num_new):
+        tokens, read, kept_rows = _with_pausing_slots(tokens, lengths, num_new, cache.max_tokens)
+    cache.make_room(len(read), max(length + count for length, count in zip(lengths, read, strict=True)))
+    device = model.token_embedding.weight.device
+    shape, numbers = plan_pass(tokens, lengths, read, cache.held_rows, device.type)
+    graphs = cache.pass_graphs
+    stages = PassStages(numbers, device) if graphs is None else graphs.stages(shape, numbers, device)
+    new, h_ND = stages.do("up to neighbours", lambda: _up_to_neighbours(model, shape, stages.numbers_X, cache))
+    if completed:
+        _exchange_neighbours(model, cache, completed, neighbours_BKR, mask_BKR, arrived_B)
+    with_neighbours = "from neighbours on", cache.num_rows_to_see(len(read))
+    logits_NV = stages.do(with_neighbours, lambda: _from_neighbours_on(model, shape.num_slots, new, h_ND, cache))
+    cache.lengths[: len(num_new)] += torch.tensor(num_new)
+    if kept_rows is not None:
+        return logits_NV[torch.tensor(kept_rows, device=device)]
+    return logits_NV if graphs is None else logits_NV.clone()
+
+
+def _with_pausing_slots(
+    tokens: Sequence[int], lengths: Sequence[int], num_new: Sequence[int], max_tokens: int
+) -> tuple[list[int], list[int], list[int]]:
+    """A token, any, for each slot that has none, so that passes differ less in shape: it is overwritten by that which
+    will have its place.
+
+    Returns:
+        All tokens, how many are each slot's, and the rows of those that mean something.
+    """
+    given, read, kept_rows = iter(tokens), [], []
+    filled: list[int] = []
+    for length, count in zip(lengths, num_new, strict=True):
+        kept_rows += range(len(filled), len(filled) + count)
+        filled += [next(given) for _ in range(count)]
+        pauses = count == 0 and length < max_tokens
+        filled += [0] * pauses
+        read.append(1 if pauses else count)
+    return filled, read, kept_rows
+
+
+def _up_to_neighbours(
+    model: RetroModel, shape: PassShape, numbers_X: Tensor, cache: DecodeCache
+) -> tuple[NewTokens, Tensor]:
+    """The new tokens, and their activations [N, D] where neighbours come in: in the first layer that has
+    cross-attention; in front of all where none has.
+
+    Keys, values and activations are in the cache then, at places that had nothing.
+    """
+    weight = model.token_embedding.weight
+    new = shape.place(model.config, numbers_X, weight.dtype)
+    cache.write_tokens(new.slots_N, new.positions_N, new.tokens_N)
+    h_ND = model.embed_tokens(new.tokens_N)
+    if model.first_cca_layer is None:
+        return new, h_ND
+    for layer in model.layers[: model.first_cca_layer]:
+        h_ND = layer.self_attention.step(h_ND, new, cache.keys[layer.number - 1], cache.values[layer.number - 1])
+        if layer.number < model.first_cca_layer:
+            h_ND = layer.feed_forward(h_ND)
+    # First tokens may complete a chunk. Those behind belong to the next one, in the same rows.
+    first = new.first_rows
+    rows_N = new.positions_N[first] % model.config.chunk_length
+    cache.chunk_hidden[new.slots_N[first], rows_N] = h_ND[first].to(cache.chunk_hidden.dtype)
+    return new, h_ND
+
+
+def _from_neighbours_on(model: RetroModel, num_slots: int, new: NewTokens, h_ND: Tensor, cache: DecodeCache) -> Tensor:
+    """Logits [N, V]."""
+    if model.first_cca_layer is not None and len(new.first_rows) < len(h_ND):
+        rows_N = new.positions_N % model.config.chunk_length
+        cache.chunk_hidden[new.slots_N, rows_N] = h_ND.to(cache.chunk_hidden.dtype)
+    seen_BS = cache.seen_rows(num_slots)
+    for layer in model.layers[(model.first_cca_layer or 1) - 1 :]:
         number = layer.number
-        h_ND = layer.self_attention.step(h_ND, new, cache.keys[number - 1], cache.values[number - 1])
-        if number == model.first_cca_layer:
-            # First tokens may complete a chunk. Those behind belong to the next one, in the same rows.
-            first, rows_N = new.first_rows, new.positions_N % m
-            cache.chunk_hidden[new.slots_N[first], rows_N[first]] = h_ND[first].to(cache.chunk_hidden.dtype)
-            if completed:
-                _exchange_neighbours(model, cache, completed, neighbours_BKR, mask_BKR, arrived_B)
-            if len(first) < len(tokens_N):
-                cache.chunk_hidden[new.slots_N, rows_N] = h_ND.to(cache.chunk_hidden.dtype)
-            seen_BS = cache.seen_rows(len(num_new))
+        if number != model.first_cca_layer:
+            h_ND = layer.self_attention.step(h_ND, new, cache.keys[number - 1], cache.values[number - 1])
         if layer.cca is not None and seen_BS is not None:
             h_ND = layer.cca.step(h_ND, new, cache.cca_keys[number], cache.cca_values[number], seen_BS)
         h_ND = layer.feed_forward(h_ND)
-    cache.lengths[: len(num_new)] += torch.tensor(num_new)
     h_ND, pointed = model.norm(h_ND), None
     if model.pointer is not None and seen_BS is not None:
         last_NW = cache.last_tokens(new.slots_N, new.positions_N)

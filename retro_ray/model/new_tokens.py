@@ -17,12 +17,60 @@ from retro_ray.model.attention import attend, attention_weights, product_by_head
 from retro_ray.model.cache import rows_to_read
 from retro_ray.model.layers import RowRotation, decoder_rotary, rotary_at, row_rotation
 
-_MAX_WASTED_ROWS = 512
+_MAX_WASTED_ROWS = {"cpu": 512, "cuda": 32_768}
 """Slots of unequal length are read together if not more rows than these are read in vain: about the
 time that one more group takes."""
 LONG_SUM = 1024
 """oneDNN, which multiplies bf16 matrices on a CPU, adds up more terms than these in another order for one
 row than for several."""
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """What is read of consecutive slots, but for their numbers."""
+
+    slots: range
+    rows: range
+    """Of the N new tokens."""
+    width: int
+    """T."""
+    num_read: int
+    """S."""
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the group's tokens fill all B * T places."""
+        return len(self.rows) == len(self.slots) * self.width
+
+
+@dataclass(frozen=True)
+class PassShape:
+    """A pass, but for its numbers: passes of one shape compute the same with other ones."""
+
+    num_slots: int
+    num_tokens: int
+    """N."""
+    num_first: int
+    """Slots that have new tokens."""
+    groups: tuple[GroupShape, ...]
+
+    def place(self, config: ModelConfig, numbers_X: Tensor, dtype: torch.dtype) -> NewTokens:
+        """A pass over the tokens that `plan_pass` gave these numbers, int64, for; without waiting for a GPU."""
+        sizes = [self.num_tokens] * 3 + [self.num_first]
+        for group in self.groups:
+            sizes += [0 if group.is_full else len(group.rows), len(group.slots) * group.width]
+        tokens_N, slots_N, positions_N, first_rows, *of_groups = numbers_X.split(sizes)
+        m, places = config.chunk_length, iter(of_groups)
+        places_N1 = (m + (positions_N + 1) % m)[:, None]
+        return NewTokens(
+            tokens_N=tokens_N,
+            slots_N=slots_N,
+            positions_N=positions_N,
+            first_rows=first_rows,
+            groups=tuple(_slot_group(group, next(places), next(places)) for group in self.groups),
+            rotation=row_rotation(decoder_rotary(config, positions_N[:, None], dtype), dtype),
+            neighbour_rotation=row_rotation(rotary_at(places_N1, config.head_dim, config.rope_base, dtype), dtype),
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +114,7 @@ def _attend_row_by_row(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, mask: Ten
 class NewTokens:
     """The new tokens of one pass."""
 
+    tokens_N: Tensor
     slots_N: Tensor
     positions_N: Tensor
     first_rows: Tensor
@@ -87,37 +136,40 @@ class NewTokens:
         return _joined([group.read(q_NHE, keys, values, seen_BS[group.slots, None]) for group in self.groups])
 
 
-def place_new_tokens(
-    config: ModelConfig,
-    lengths: Sequence[int],
-    num_new: Sequence[int],
-    held_rows: int,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> NewTokens:
-    """Places for `num_new` tokens of each slot behind the `lengths` that it has, in a cache that holds so many rows;
-    one token in all at least.
+def plan_pass(
+    tokens: Sequence[int], lengths: Sequence[int], num_new: Sequence[int], held_rows: int, device_type: str
+) -> tuple[PassShape, list[int]]:
+    """Places for new tokens, one in all at least, in a cache.
+
+    Args:
+        tokens: of the first slot, then of the second, and so on.
+        lengths: that its slots have.
+        num_new: how many of the tokens are each slot's.
+        held_rows: that it has for each slot.
+        device_type: what computes.
+
+    Returns:
+        The shape of the pass, and its numbers.
     """
-    m = config.chunk_length
     slots = [slot for slot, count in enumerate(num_new) for _ in range(count)]
     positions = [length + t for length, count in zip(lengths, num_new, strict=True) for t in range(count)]
-    positions_N = torch.tensor(positions, device=device)
-    places_N1 = (m + (positions_N + 1) % m)[:, None]
-    groups: list[SlotGroup] = []
-    for members in _grouped_slots(lengths, num_new):
-        first_row = groups[-1].rows.stop if groups else 0
-        groups.append(_slot_group(members, lengths, num_new, held_rows, first_row, device))
-    return NewTokens(
-        slots_N=torch.tensor(slots, device=device),
-        positions_N=positions_N,
-        first_rows=torch.tensor([sum(num_new[:slot]) for slot, count in enumerate(num_new) if count], device=device),
-        groups=tuple(groups),
-        rotation=row_rotation(decoder_rotary(config, positions_N[:, None], dtype), dtype),
-        neighbour_rotation=row_rotation(rotary_at(places_N1, config.head_dim, config.rope_base, dtype), dtype),
-    )
+    first_rows = [sum(num_new[:slot]) for slot, count in enumerate(num_new) if count]
+    numbers, groups, first_row = [*tokens, *slots, *positions, *first_rows], [], 0
+    max_wasted_rows = _MAX_WASTED_ROWS.get(device_type, _MAX_WASTED_ROWS["cuda"])
+    for members in _grouped_slots(lengths, num_new, max_wasted_rows):
+        counts = [num_new[slot] for slot in members]
+        rows, width = range(first_row, first_row + sum(counts)), max(counts)
+        longest = max(lengths[slot] + num_new[slot] for slot in members)
+        group = GroupShape(members, rows, width, rows_to_read(longest, held_rows))
+        if not group.is_full:
+            numbers += [b * width + t for b, count in enumerate(counts) for t in range(count)]
+        numbers += [lengths[slot] + t for slot in members for t in range(width)]
+        groups.append(group)
+        first_row = rows.stop
+    return PassShape(len(num_new), len(slots), len(first_rows), tuple(groups)), numbers
 
 
-def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int]) -> list[range]:
+def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int], max_wasted_rows: int) -> list[range]:
     """Consecutive slots that have new tokens, in groups of about equal length."""
     groups: list[range] = []
     longest = total = 0
@@ -126,7 +178,7 @@ def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int]) -> list[range
             continue
         end = lengths[slot] + count
         wasted = max(longest, end) * (len(groups[-1]) + 1) - total - end if groups else 0
-        if groups and groups[-1].stop == slot and wasted <= _MAX_WASTED_ROWS:
+        if groups and groups[-1].stop == slot and wasted <= max_wasted_rows:
             groups[-1] = range(groups[-1].start, slot + 1)
             longest, total = max(longest, end), total + end
         else:
@@ -135,25 +187,14 @@ def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int]) -> list[range
     return groups
 
 
-def _slot_group(
-    members: range,
-    lengths: Sequence[int],
-    num_new: Sequence[int],
-    held_rows: int,
-    first_row: int,
-    device: torch.device,
-) -> SlotGroup:
-    counts = [num_new[slot] for slot in members]
-    num_rows = rows_to_read(max(lengths[slot] + num_new[slot] for slot in members), held_rows)
-    width = max(counts)
-    places = [b * width + t for b, count in enumerate(counts) for t in range(count)]
-    positions_BT = torch.tensor([[lengths[slot] + t for t in range(width)] for slot in members], device=device)
+def _slot_group(shape: GroupShape, places_N: Tensor, positions_X: Tensor) -> SlotGroup:
+    positions_BT1 = positions_X.view(len(shape.slots), shape.width, 1)
     return SlotGroup(
-        slots=slice(members.start, members.stop),
-        rows=slice(first_row, first_row + len(places)),
-        width=width,
-        places_N=torch.tensor(places, device=device) if len(places) < len(members) * width else None,
-        seen_BTS=torch.arange(num_rows, device=device) <= positions_BT[..., None],
+        slots=slice(shape.slots.start, shape.slots.stop),
+        rows=slice(shape.rows.start, shape.rows.stop),
+        width=shape.width,
+        places_N=None if shape.is_full else places_N,
+        seen_BTS=torch.arange(shape.num_read, device=positions_X.device) <= positions_BT1,
     )
 
 

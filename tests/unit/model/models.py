@@ -7,6 +7,7 @@ from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.model import RetroModel
+from retro_ray.model.new_tokens import NewTokens, plan_pass
 
 VOCAB_SIZE = 37
 
@@ -100,3 +101,16 @@ def random_batch(
         neighbours_BLKR=torch.randint(config.vocab_size, shape, generator=generator),
         mask_BLKR=torch.rand(shape, generator=generator) >= masked_share,
     )
+
+
+def place_new_tokens(
+    config: ModelConfig,
+    lengths: list[int],
+    num_new: list[int],
+    held_rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> NewTokens:
+    """Some new tokens, whichever, of slots of these lengths in a cache that holds so many rows."""
+    shape, numbers = plan_pass([0] * sum(num_new), lengths, num_new, held_rows, device.type)
+    return shape.place(config, torch.tensor(numbers, device=device), dtype)

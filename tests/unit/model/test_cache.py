@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from retro_ray.errors import ConfigError
-from retro_ray.model.new_tokens import place_new_tokens
-from tests.unit.model.models import RETRIEVAL, random_batch, random_model, small_config
+from tests.unit.model.models import RETRIEVAL, place_new_tokens, random_batch, random_model, small_config
 
 WHERE = torch.device("cpu"), torch.float64
 

@@ -5,9 +5,15 @@ import torch
 
 from retro_ray.model import RetroModel
 from retro_ray.model.cache import whole_blocks
-from retro_ray.model.new_tokens import place_new_tokens
 from retro_ray.model.packing import pack_weights
-from tests.unit.model.models import LLAMA_BLOCKS, RETRIEVAL, random_batch, random_model, small_config
+from tests.unit.model.models import (
+    LLAMA_BLOCKS,
+    RETRIEVAL,
+    place_new_tokens,
+    random_batch,
+    random_model,
+    small_config,
+)
 
 WIDE = {
     "hidden_dim": 64,
