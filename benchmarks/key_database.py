@@ -89,7 +89,7 @@ class KeyDatabase:
         return cls(folder, _commit(directory, segments, choice, keys.shape[1]))
 
     def divided(self, num_shards: int) -> KeyDatabase:
-        """The same keys under the same codec and search parameters, in several shards."""
+        """The same keys under the same codec and search parameters, in another number of shards."""
         folder = Path(tempfile.mkdtemp(prefix="retro-ray-keys-"))
         directory = folder / "database"
         manifest = self.database.manifest

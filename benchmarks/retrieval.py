@@ -1,7 +1,7 @@
 """How fast and how well are neighbours found, beside exact search and the index that a peer ships?
 
-Queries are chunks of documents that are held out of the keys. All contenders take turns on the same
-queries in one run; medians are reported.
+Queries are chunks of documents that are held out of the keys. The index is chosen as a build in as many shards would
+choose it. All contenders take turns on the same queries in one run; medians are reported.
 """
 
 from __future__ import annotations
@@ -66,9 +66,9 @@ def measure(benchmark: RetrievalBenchmark) -> dict[str, Any]:
     queries = np.ascontiguousarray(held_out[np.sort(chosen)])
     num_threads = os.cpu_count() or 1
     faiss.omp_set_num_threads(num_threads)
-    with KeyDatabase.build(keys, held_out, benchmark.target_recall, num_shards=1) as whole:
+    with KeyDatabase.build(keys, held_out, benchmark.target_recall, benchmark.num_shards) as divided:
         connect()
-        with whole.divided(benchmark.num_shards) as divided:
+        with divided.divided(1) as whole:
             local = LocalRetriever.open(whole.database)
             local_shards = LocalRetriever.open(divided.database)
             sharded = ShardedRetriever(divided.database)
@@ -85,13 +85,13 @@ def measure(benchmark: RetrievalBenchmark) -> dict[str, Any]:
                 name: _single_query_ms(contenders[name], queries[:_NUM_SINGLE_QUERIES]) for name in ("ours", "sharded")
             }
             stop_shard_actors(divided.database.directory)
-        manifest = whole.database.manifest
+        manifest = divided.database.manifest
         benchmark.plots.mkdir(parents=True, exist_ok=True)
         if manifest.index_curve:
             plot = benchmark.plots / "retrieval-families.png"
             plot_curve(manifest.index_curve, manifest.index, benchmark.target_recall, plot)
             print(curve_table(manifest.index_curve, manifest.index))
-        index_bytes = whole.index_bytes_per_chunk
+        index_bytes = divided.index_bytes_per_chunk
     recall = {name: _recall(found[name], found["exact"]) for name in contenders}
     growth = [_measure_size(keys, held_out, queries, size, benchmark) for size in benchmark.sizes if size <= len(keys)]
     _plot_growth(growth, benchmark.plots / "retrieval-growth.png")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ from retro_ray.index.shard import IndexShard
 from retro_ray.index.tune import (
     MAX_TRIAL_KEYS,
     NUM_QUERIES,
+    FilledIndex,
     Trial,
     ask_parts,
     best_point,
     choose_family,
     exact_trial,
+    in_turns,
+    spec_of,
     sweep,
 )
 
@@ -97,6 +101,7 @@ def train_codec(
         num_chunks,
         target_recall=aims.target_recall,
         bytes_per_chunk=aims.bytes_per_chunk,
+        num_parts=math.ceil(len(segments) * len(order) / num_chunks),
         report=lambda line: logger.info("  %s", line),
     )
     spec = IndexSpec(factory=factory)
@@ -125,15 +130,16 @@ def choose_search(
         for (base, keys), index in zip(mapped, indexes, strict=True)
     ]
     size = sum((directory / segment.index).stat().st_size for segment in segments) / num_chunks
-    points = sweep(family.spec.factory, size, encoder, ask_parts(parts), trial, num_chunks, aims.target_recall)
+    index = FilledIndex(family.spec.factory, size, num_chunks, encoder, ask_parts(parts))
+    points = sweep(index, trial, aims.target_recall)
+    [(_, points)] = in_turns([(index, points)], points, trial, aims.target_recall)
     best = best_point(points, aims.target_recall)
     if best is None:
         best = max(points, key=lambda point: point.recall)
         logger.warning(
             "no setting of %s reaches recall %g; the best has %.3f", best.factory, aims.target_recall, best.recall
         )
-    spec = IndexSpec(factory=best.factory, nprobe=best.nprobe, refine_factor=best.refine_factor)
-    return IndexChoice(spec, (*family.curve, *points))
+    return IndexChoice(spec_of(best), (*family.curve, *points))
 
 
 def _trial(

@@ -15,12 +15,10 @@ _MORE_LISTS = 4
 _MORE_CANDIDATES = 2
 """How many times more in each further round."""
 _MARGIN = 4
-_SPREAD = 6
-"""Standard deviations that a part may hold more than its share. Chunks of a document are near to each
-other and lie in one part, so that 3, enough if chunks were dealt at random, leave a fifth of the queries
-of an encyclopedia to a second round, and 6 a twentieth."""
-_FEW_QUERIES = 8
-"""For so few, one round more costs more than twice the candidates."""
+_SPREAD = 16
+"""Standard deviations that a part may hold more than its share. Chunks of a document, and of what comes
+with it, are near to each other and lie in one part: with 6, 4 % of an encyclopedia's queries are asked a second
+time, and half of those that are all about one of four parts, which costs more than what is listed in vain."""
 _MOST_PASSED_OVER = 4
 """Times as many candidates at first, at most, for the sake of rows that are passed over: the chunks of a query's own
 document are nearest to it."""
@@ -48,7 +46,7 @@ class Wanted:
         """
         expected = self.num_candidates * min(1.0, share)
         spread = _SPREAD * math.sqrt(expected * (1 - min(1.0, share)))
-        return self.widening * (math.ceil(expected + spread) + _MARGIN)
+        return self.widening * (min(math.ceil(expected + spread), self.num_candidates) + _MARGIN)
 
 
 def search_parts(
@@ -82,7 +80,7 @@ def search_parts(
     nprobe, todo = min(spec.nprobe, encoder.num_lists), np.arange(len(queries))
     while len(todo):
         prepared, asked = encoder.prepare(queries[todo], nprobe), np.arange(len(todo))
-        widening = _first_widening(num_candidates, len(todo), None if excluded_ids is None else excluded_ids[todo])
+        widening = _first_widening(num_candidates, None if excluded_ids is None else excluded_ids[todo])
         while len(asked):
             rows = todo[asked]
             excluded = None if excluded_ids is None else excluded_ids[rows]
@@ -98,10 +96,9 @@ def search_parts(
     return distances, chunk_ids
 
 
-def _first_widening(num_candidates: int, num_queries: int, excluded_ids: np.ndarray | None) -> int:
+def _first_widening(num_candidates: int, excluded_ids: np.ndarray | None) -> int:
     """Times as many candidates as are wanted, so that most queries are asked once."""
-    widening = _MORE_CANDIDATES if num_queries <= _FEW_QUERIES else 1
     if excluded_ids is None:
-        return widening
+        return 1
     passed_over = np.where(excluded_ids[:, 0] < 0, 0, excluded_ids[:, 1] - excluded_ids[:, 0] + 1)
-    return widening + min(math.ceil(float(np.median(passed_over)) / num_candidates), _MOST_PASSED_OVER)
+    return 1 + min(math.ceil(float(np.median(passed_over)) / num_candidates), _MOST_PASSED_OVER)

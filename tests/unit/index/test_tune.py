@@ -1,5 +1,6 @@
 """The tuner against what it must find: settings whose recall, measured anew, reaches the target."""
 
+import dataclasses
 import itertools
 
 import faiss
@@ -14,11 +15,13 @@ from retro_ray.index.search import search_parts
 from retro_ray.index.shard import IndexShard
 from retro_ray.index.tune import (
     NUM_NEIGHBOURS,
+    FilledIndex,
     ask_parts,
     best_point,
     choose_family,
     exact_trial,
     families,
+    in_turns,
     measure,
     sweep,
 )
@@ -63,8 +66,9 @@ def test_the_family_chosen_reaches_the_target(keys: np.ndarray) -> None:
     assert best is not None
     tried = {point.factory for point in points}
     assert tried.issuperset(families(len(rest), DIM))
-    [fewer_lists] = tried.difference(families(len(rest), DIM))
-    assert "IVF32" in fewer_lists
+    fewer_lists = tried.difference(families(len(rest), DIM))
+    assert len(fewer_lists) == 3
+    assert all("IVF32" in factory for factory in fewer_lists)
     assert len(lines) == len(tried)
     assert best.factory == factory
     # Measured anew, by brute force and without any part of the tuner.
@@ -101,21 +105,33 @@ def test_segments_are_tuned_as_one_index(keys: np.ndarray) -> None:
             index = fill_index(faiss.clone_index(codec), [rest[start:stop]])
             parts.append((start, (stop - start) / len(rest), IndexShard(spec, rest[start:stop], index)))
         trial = exact_trial(queries, [(start, rest[start:stop]) for start, stop in itertools.pairwise(cuts)])
-        measured.append(measure(spec, 1.0, QueryEncoder(spec, codec), ask_parts(parts), trial, len(rest)).recall)
+        index = FilledIndex(spec.factory, 1.0, len(rest), QueryEncoder(spec, codec), ask_parts(parts))
+        measured.append(measure(index, spec.nprobe, spec.refine_factor, trial).recall)
     assert measured[0] == measured[1] > 0.8
 
 
 def test_a_sweep_finds_settings_that_reach_the_target(keys: np.ndarray) -> None:
     queries, rest = keys[:200], keys[200:]
-    spec = IndexSpec(factory="IVF64,PQ12x4fs")
-    index = fill_index(train_index(spec, DIM, rest), [rest])
-    ask = ask_parts([(0, 1.0, IndexShard(spec, rest, index))])
-    points = sweep(
-        spec.factory, 1.0, QueryEncoder(spec, index), ask, exact_trial(queries, [(0, rest)]), len(rest), TARGET
-    )
+    points = sweep(FilledIndex.fill("IVF64,PQ12x4fs", rest, num_parts=3), exact_trial(queries, [(0, rest)]), TARGET)
     assert [point.nprobe for point in points] == sorted({point.nprobe for point in points})
     assert sum(point.lower_recall >= TARGET for point in points) >= 1
     assert best_point(points, TARGET) is not None
+
+
+def test_the_fastest_points_are_timed_again(keys: np.ndarray) -> None:
+    """No other point changes, and of these nothing but the speed."""
+    queries, rest = keys[:100], keys[100:]
+    index, trial = FilledIndex.fill("IVF64,PQ12x4fs", rest, num_parts=2), exact_trial(queries, [(0, rest)])
+    settings = (1, 1.0), (8, 8.0), (12, 8.0), (16, 8.0)
+    points = [measure(index, nprobe, refine_factor, trial) for nprobe, refine_factor in settings]
+    too_fast = [dataclasses.replace(point, queries_per_s=1e12) for point in points]
+    assert points[0].lower_recall < TARGET < points[1].lower_recall
+    [(same, timed)] = in_turns([(index, too_fast)], too_fast[:3], trial, TARGET)
+    assert same is index
+    assert [timed[0], timed[3]] == [too_fast[0], too_fast[3]], "one misses the target, one is not eligible"
+    for before, after in zip(points[1:3], timed[1:3], strict=True):
+        assert 0 < after.queries_per_s < 1e12
+        assert dataclasses.replace(after, queries_per_s=before.queries_per_s) == before
 
 
 def test_the_best_point_is_the_fastest_that_surely_reaches_the_target() -> None:
