@@ -16,9 +16,9 @@ _MORE_CANDIDATES = 2
 """How many times more in each further round."""
 _MARGIN = 4
 _SPREAD = 16
-"""Standard deviations that a part may hold more than its share. Chunks of a document, and of what comes
-with it, are near to each other and lie in one part: with 6, 4 % of an encyclopedia's queries are asked a second
-time, and half of those that are all about one of four parts, which costs more than what is listed in vain."""
+"""Standard deviations that a part may hold more than its share. Chunks of a document, and documents of one kind, are
+near to each other and lie in one part: with 6, 4 % of queries to an encyclopedia are asked a second time, and 44 %
+where what they are about lies in the first of four parts; that costs more than what is listed in vain."""
 _MOST_PASSED_OVER = 4
 """Times as many candidates at first, at most, for the sake of rows that are passed over: the chunks of a query's own
 document are nearest to it."""
