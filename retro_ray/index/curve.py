@@ -42,17 +42,21 @@ def plot_curve(points: Sequence[OperatingPoint], spec: IndexSpec, target_recall:
     curves: dict[tuple[str, int, float], list[OperatingPoint]] = {}
     for point in sorted(points, key=lambda point: point.nprobe):
         curves.setdefault((point.factory, point.num_chunks, point.bytes_per_chunk), []).append(point)
+    # The index of the database stands out from those of a sample.
+    sizes = {num_chunks for _, num_chunks, _ in curves}
     for (factory, num_chunks, bytes_per_chunk), line in curves.items():
+        look = {"color": "black", "linewidth": 2.5} if len(sizes) > 1 and num_chunks == max(sizes) else {}
         axes.plot(
             [point.recall for point in line],
             [point.queries_per_s for point in line],
             marker="o",
             markersize=3.5,
+            **look,
             label=f"{factory}, {num_chunks:,} keys, {bytes_per_chunk:.0f} bytes per chunk",
         )
     if (chosen := chosen_point(points, spec)) is not None:
         place = chosen.recall, chosen.queries_per_s
-        axes.plot(*place, marker="*", markersize=16, color="black", zorder=5)
+        axes.plot(*place, marker="*", markersize=16, color="crimson", markeredgecolor="white", zorder=5)
         axes.annotate("chosen", place, ha="right", textcoords="offset points", xytext=(-8, -14))
     if target_recall is not None:
         axes.axvline(target_recall, color="grey", linestyle="--", linewidth=1)
