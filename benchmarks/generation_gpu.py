@@ -99,14 +99,15 @@ def measure(benchmark: GpuGenerationBenchmark) -> dict[str, Any]:
         with asked_for_one_by_one():
             plain = decode_streams(engine, texts, benchmark.num_tokens, True)
         same = [a.token_ids == b.token_ids for a, b in zip(on.answers.results, plain.answers.results, strict=True)]
-        metrics |= {
+        found = {
             f"tokens_per_s_{num_streams}": on.tokens_per_s,
             f"tokens_per_s_{num_streams}_off": off.tokens_per_s,
             f"tokens_per_s_{num_streams}_not_recorded": plain.tokens_per_s,
             f"hf_tokens_per_s_{num_streams}": llama_tokens_per_s(llama, [texts[0]] * num_streams, benchmark.num_tokens),
             f"same_share_{num_streams}": float(np.mean(same)),
         }
-        print(report(metrics), flush=True)
+        print(report(found), flush=True)
+        metrics |= found
     [long_text] = prompts(store, [benchmark.long_prompt - 1])
     answer_alone(engine, long_text, 1)
     return {

@@ -177,7 +177,7 @@ def llama_tokens_per_s(llama: LlamaForCausalLM, prompts: Sequence[Sequence[int]]
         made = llama.generate(tokens, max_new_tokens=count, do_sample=False, use_cache=True)  # pyright: ignore
         assert made.shape[1] == tokens.shape[1] + count, "it ended early"
 
-    generate(2)
+    generate(2)  # warms up
     return tokens.shape[0] * num_tokens / (_seconds(lambda: generate(num_tokens + 1)) - _seconds(lambda: generate(1)))
 
 

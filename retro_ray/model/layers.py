@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +39,14 @@ def decoder_rotary(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -
     if not config.rope_frequencies:
         return rotary_at(positions, config.head_dim, config.rope_base, dtype)
     precise = torch.promote_types(dtype, torch.float32)
-    frequencies = torch.tensor(config.rope_frequencies, device=positions.device, dtype=precise)
-    angles = positions.to(precise)[..., None] * frequencies
+    angles = positions.to(precise)[..., None] * _on_device(config.rope_frequencies, positions.device, precise)
     return Rotary(angles.cos() * config.rope_magnitude, angles.sin() * config.rope_magnitude)
+
+
+@lru_cache(maxsize=64)
+def _on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copied to a GPU once: a pass that is recorded there can take nothing from the machine."""
+    return torch.tensor(numbers, device=device, dtype=dtype)
 
 
 def rotate(x_BHTE: Tensor, rotary: Rotary) -> Tensor:

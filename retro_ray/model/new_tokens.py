@@ -19,7 +19,7 @@ from retro_ray.model.layers import RowRotation, decoder_rotary, rotary_at, row_r
 
 _MAX_WASTED_ROWS = {"cpu": 512, "cuda": 32_768}
 """Slots of unequal length are read together if not more rows than these are read in vain: about the
-time that one more group takes."""
+time that one more group takes, on a GPU by reckoning."""
 LONG_SUM = 1024
 """oneDNN, which multiplies bf16 matrices on a CPU, adds up more terms than these in another order for one
 row than for several."""
