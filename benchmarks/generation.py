@@ -19,14 +19,15 @@ from typing import Any
 import torch
 
 from benchmarks.generation_homes import prompts, require_database, require_trained
+from benchmarks.generation_int8 import int8_cost
 from benchmarks.generation_prefetch import prefetch_cost
 from benchmarks.generation_rates import (
     answer_alone,
     decode_streams,
-    decoder_bytes,
     in_own_thread,
     llama_like,
     llama_tokens_per_s,
+    num_decoder_weights,
     random_model,
     read_bandwidth,
     retro_pytorch_tokens_per_s,
@@ -37,6 +38,8 @@ from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError
 from retro_ray.generation.engine import GenerationEngine
 from retro_ray.generation.fast_model import fast_model
+from retro_ray.model.int8_product import int8_is_fast
+from retro_ray.model.retro import RetroModel
 from retro_ray.openmp import computing_alone
 from retro_ray.recipes import paper_172m
 from retro_ray.retrieval.local import LocalRetriever
@@ -60,7 +63,7 @@ class GenerationBenchmark:
     run: str = "default"
     """Name of the trained run."""
     data: Path | None = None
-    """Folder of corpora. Without it, and without --trained-home, drafts and prefetching are not measured."""
+    """Folder of corpora. Without it, and without --trained-home, what takes a trained model is not measured."""
     cache: Path = Path("results/homes")
     """Where what is built first is kept."""
     peers_python: Path = Path(".venv-peers/bin/python")
@@ -86,7 +89,9 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
     retriever = ChunkRetriever.open(database, LocalRetriever.open(database))
     config = paper_172m(database.manifest.vocab_size, database.chunk_length).model
     model = random_model(config, database.tokenizer.eos_id)
-    weight_bytes = decoder_bytes(model)
+    num_weights = num_decoder_weights(model)
+    in_bf16 = fast_model(random_model(config, database.tokenizer.eos_id), int8=False)
+    plain = GenerationEngine(in_bf16, database.tokenizer, retriever, speculate=0)
     fast = fast_model(model)
     engine = GenerationEngine(fast, database.tokenizer, retriever, speculate=0)
     prefetching = GenerationEngine(fast, database.tokenizer, retriever, speculate=0, prefetch=True)
@@ -107,6 +112,9 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
             for retrieval in (True, False)
             for chosen in (texts[:1], texts)
         )
+        one_bf16, eight_bf16 = (
+            decode_streams(plain, chosen, benchmark.num_tokens, retrieval=True) for chosen in (texts[:1], texts)
+        )
         ahead = decode_streams(prefetching, texts[:1], benchmark.num_tokens, retrieval=True)
         same = same and one.answers.results[0].token_ids == eight.answers.results[0].token_ids
         figures = {
@@ -115,6 +123,8 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
             "tokens_per_s_1_prefetch": ahead.tokens_per_s,
             "tokens_per_s_1_off": one_off.tokens_per_s,
             "tokens_per_s_8_off": eight_off.tokens_per_s,
+            "tokens_per_s_1_bf16": one_bf16.tokens_per_s,
+            "tokens_per_s_8_bf16": eight_bf16.tokens_per_s,
             "retrieval_hidden_share_8": eight.answers.retrieval_hidden_share,
             "hf_tokens_per_s": in_own_thread(partial(llama_tokens_per_s, llama, texts[:1], benchmark.num_tokens)),
             "read_gb_per_s": in_own_thread(read_bandwidth) / 1e9,
@@ -123,6 +133,7 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
         for name, value in figures.items():
             samples.setdefault(name, []).append(value)
     metrics: dict[str, Any] = {name: statistics.median(values) for name, values in samples.items()}
+    weight_bytes = num_weights * (1 if int8_is_fast() else 2)
     peers = retro_pytorch_tokens_per_s(benchmark.peers_python, config, benchmark.context, num_tokens=4)
     return {
         **metrics,
@@ -136,6 +147,8 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
         "batching_gain": metrics["tokens_per_s_8"] / metrics["tokens_per_s_1"],
         "retrieval_cost": metrics["tokens_per_s_1_off"] / metrics["tokens_per_s_1"],
         "retrieval_cost_8": metrics["tokens_per_s_8_off"] / metrics["tokens_per_s_8"],
+        "int8_gain": metrics["tokens_per_s_1"] / metrics["tokens_per_s_1_bf16"],
+        "int8_gain_8": metrics["tokens_per_s_8"] / metrics["tokens_per_s_8_bf16"],
         "bandwidth_fraction": weight_bytes * metrics["tokens_per_s_1"] / (metrics["read_gb_per_s"] * 1e9),
         "same_alone_as_in_batch": same,
         "decoder_mb": weight_bytes / 1e6,
@@ -145,17 +158,21 @@ def measure_speed(benchmark: GenerationBenchmark) -> dict[str, Any]:
 
 
 def measure_trained(benchmark: GenerationBenchmark) -> dict[str, Any]:
-    """What drafts save and prefetching costs with a trained model on held-out documents; nothing without one."""
+    """What drafts save, and what prefetching and weights of eight bits cost, with a trained model on held-out
+    documents; nothing without one.
+    """
     home = require_trained(benchmark.trained_home, benchmark.run, benchmark.data, benchmark.cache.absolute())
     if home is None:
-        print("no --data and no --trained-home: drafts and prefetching are not measured", file=sys.stderr)
+        print("no --data and no --trained-home: what takes a trained model is not measured", file=sys.stderr)
         return {}
     database = Database.open(home)
     if database.validation is None:
         raise DatabaseError(f"the database in {home} has no validation split: drafts are measured on its documents")
-    scored, _, _ = load_model(run_directory(home, benchmark.run), database.manifest)
-    model, _, _ = load_model(run_directory(home, benchmark.run), database.manifest)
-    model = fast_model(model)
+
+    def load() -> RetroModel:
+        return load_model(run_directory(home, benchmark.run), database.manifest)[0]
+
+    model = fast_model(load())
     retriever = ChunkRetriever.open(database, LocalRetriever.open(database))
     plain = GenerationEngine(model, database.tokenizer, retriever, speculate=0)
     drafting = GenerationEngine(model, database.tokenizer, retriever)
@@ -175,7 +192,8 @@ def measure_trained(benchmark: GenerationBenchmark) -> dict[str, Any]:
         "speculation_tokens_per_s": num_generated / seconds["drafting"],
         "accepted_tokens_per_pass": (num_generated - num_passes) / num_passes,
         "speculation_same_answers": num_same / len(texts),
-        **in_own_thread(partial(prefetch_cost, scored, database, database.validation, retriever)),
+        **in_own_thread(partial(int8_cost, load, database, database.validation)),
+        **in_own_thread(partial(prefetch_cost, load(), database, database.validation, retriever)),
     }
 
 

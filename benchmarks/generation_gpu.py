@@ -21,9 +21,9 @@ from benchmarks.generation_homes import prompts
 from benchmarks.generation_rates import (
     answer_alone,
     decode_streams,
-    decoder_bytes,
     llama_like,
     llama_tokens_per_s,
+    num_decoder_weights,
     random_model,
 )
 from retro_ray.command_line import parse, run
@@ -85,7 +85,7 @@ def measure(benchmark: GpuGenerationBenchmark) -> dict[str, Any]:
     database = Database.open(benchmark.home)
     config = paper_172m(database.manifest.vocab_size, database.chunk_length).model
     model = random_model(config, database.tokenizer.eos_id).to(benchmark.device)
-    weight_bytes = decoder_bytes(model)
+    weight_bytes = 2 * num_decoder_weights(model)
     engine = GenerationEngine(fast_model(model), database.tokenizer, DealtNeighbours(database), speculate=0)
     llama = llama_like(config)
     llama.to(torch.device(benchmark.device))  # pyright: ignore

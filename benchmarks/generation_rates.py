@@ -52,14 +52,14 @@ def random_model(config: ModelConfig, eos_id: int) -> RetroModel:
     return model
 
 
-def decoder_bytes(model: RetroModel) -> int:
-    """Bytes of weights that decoding one token in bf16 reads: neighbours have been encoded before."""
+def num_decoder_weights(model: RetroModel) -> int:
+    """Weights that decoding one token reads: neighbours have been encoded before."""
     layers = sum(
         weight.numel()
         for name, weight in model.named_parameters()
         if name.startswith("layers.") and ".cca.key" not in name and ".cca.value" not in name
     )
-    return 2 * (layers + model.read_out_weight.numel())
+    return layers + model.read_out_weight.numel()
 
 
 def read_bandwidth(num_bytes: int = 1 << 30) -> float:

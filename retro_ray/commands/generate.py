@@ -48,6 +48,9 @@ class Generate:
     less well: 2 % more bits per byte where that was measured."""
     speculate: int = 12
     """Tokens guessed at most from what was retrieved, and then read in one pass; 0: none. Changes no answer."""
+    int8: bool = True
+    """On a CPU that is fast with them, read new tokens with weights of eight bits. Costs less than 0.1 % more bits per
+    byte where that was measured."""
     json: bool = False
     """Print one JSON object, at the end."""
 
@@ -74,7 +77,11 @@ class Generate:
             model, _, _ = load_model(run_directory(self.home, self.run_name), database.manifest)
             retriever = None if self.no_retrieval else open_retriever(database)
             engine = GenerationEngine(
-                fast_model(model), database.tokenizer, retriever, prefetch=self.prefetch, speculate=self.speculate
+                fast_model(model, int8=self.int8),
+                database.tokenizer,
+                retriever,
+                prefetch=self.prefetch,
+                speculate=self.speculate,
             )
         if self.json:
             [result] = engine.generate([request])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from retro_ray.model.causal_attention import causal_attention, refusal
-from retro_ray.model.layers import Rotary, residual_scale, rotate, rotate_rows, start_normal
+from retro_ray.model.layers import Rotary, RowRotation, residual_scale, rotate, rotate_rows, start_normal
 from retro_ray.model.rms_norm import RMSNorm, has_many_rows_on_cpu
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ _FLEX_TILES: Any = {
 
 KeysValues = tuple[Tensor, Tensor]
 Mask = Tensor | BlockMask
-"""bool, True where a query may look; or the same as a rule, with blocks in which nobody may look left out."""
+"""bool, True where a query may look; or what is added to the scores; or a rule, with blocks in which nobody may look
+left out."""
 
 
 def causal_within(segments_BT: Tensor, in_blocks: bool) -> Mask:
@@ -98,8 +99,13 @@ def attention_weights(q_BHTE: Tensor, k_BGSE: Tensor, mask: Tensor | None = None
     """softmax(q k^T / sqrt(E)), [B, H, T, S]."""
     scores = product_by_heads(q_BHTE * q_BHTE.shape[-1] ** -0.5, k_BGSE.transpose(-1, -2))
     if mask is not None:
-        scores.add_(refusal(~mask, scores.dtype))
+        scores.add_(added_to_scores(mask, scores.dtype))
     return scores.softmax(dim=-1)
+
+
+def added_to_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `mask` adds to scores, if it does not say so itself."""
+    return refusal(~mask, dtype) if mask.dtype == torch.bool else mask
 
 
 def product_by_heads(x_BHTX: Tensor, y_BGXY: Tensor) -> Tensor:
@@ -182,10 +188,21 @@ class SelfAttention(nn.Module):
 
     def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor) -> Tensor:
         """The same for new tokens, whose keys and values join those of a cache [*, G, *, E]."""
-        q_NHE, k_NGE, v_NGE = self.project(self.norm(h_ND))
-        keys[new.slots_N, :, new.positions_N] = rotate_rows(k_NGE, new.rotation).to(keys.dtype)
+        q_NHE, k_NGE, v_NGE = self._project_rotated(self.norm(h_ND), new.rotation)
+        keys[new.slots_N, :, new.positions_N] = k_NGE.to(keys.dtype)
         values[new.slots_N, :, new.positions_N] = v_NGE.to(values.dtype)
-        return h_ND + self.out(new.read_past(rotate_rows(q_NHE, new.rotation), keys, values))
+        return h_ND + self.out(new.read_past(q_NHE, keys, values))
+
+    def _project_rotated(self, x_ND: Tensor, rotation: RowRotation) -> tuple[Tensor, Tensor, Tensor]:
+        """`project`, with queries and keys rotated."""
+        if self.joint_projection is None or not isinstance(self.key_norm, nn.Identity):
+            q_NHE, k_NGE, v_NGE = self.project(x_ND)
+            return rotate_rows(q_NHE, rotation), rotate_rows(k_NGE, rotation), v_NGE
+        # Queries and keys lie side by side, and rotate in one.
+        projected = self.joint_projection(x_ND).unflatten(-1, (-1, self.head_dim))
+        num_heads, num_kv_heads, _ = self._head_counts
+        rotated = rotate_rows(projected[:, : num_heads + num_kv_heads], rotation)
+        return rotated[:, :num_heads], rotated[:, num_heads:], projected[:, num_heads + num_kv_heads :]
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., H, E], keys and values [..., G, E] of `x` [..., D], not yet rotated."""

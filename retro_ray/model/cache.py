@@ -10,6 +10,7 @@ from torch import Tensor
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
 from retro_ray.model.attention import KeysValues, open_empty_rows
+from retro_ray.model.causal_attention import refusal
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.ngrams import NO_TOKEN
 from retro_ray.model.pass_graph import PassGraphs
@@ -186,15 +187,17 @@ class DecodeCache:
         assert bool((kept_B <= self.lengths[: len(kept_B)]).all()), "a sequence does not grow by being cut"
         self.lengths[: len(kept_B)] = kept_B
 
-    def seen_rows(self, num_slots: int) -> Tensor | None:
-        """Which of the first S rows CCA may read in the first slots, bool [num_slots, S]; None: no slot has
-        neighbours.
+    def refused_rows(self, num_slots: int) -> Tensor | None:
+        """What is added to the scores of the first S rows in the first slots, [num_slots, S]: 0 where CCA may read;
+        None: no slot has neighbours.
         """
         num_rows = self.num_rows_to_see(num_slots)
-        return open_empty_rows(self.cca_mask[:num_slots, :num_rows]) if num_rows else None
+        if not num_rows:
+            return None
+        return refusal(~open_empty_rows(self.cca_mask[:num_slots, :num_rows]), self.chunk_hidden.dtype)
 
     def num_rows_to_see(self, num_slots: int) -> int:
-        """S of `seen_rows`; 0: no slot has neighbours."""
+        """S of `refused_rows`; 0: no slot has neighbours."""
         num_rows = int(self.num_neighbour_rows[:num_slots].max())
         return rows_to_read(num_rows, self.num_cca_rows) if num_rows else 0
 

@@ -68,10 +68,10 @@ class ChunkedCrossAttention(CrossAttention):
             read_BTD = read_BTD.masked_fill(~sees_BT[..., None], 0)
         return h_BTD + read_BTD
 
-    def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor, seen_BS: Tensor) -> Tensor:
-        """CCA for new tokens, from cached keys and values [*, H, S, E]; of their rows only those that may be seen."""
+    def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor, refusal_BS: Tensor) -> Tensor:
+        """CCA for new tokens, from cached keys and values [*, H, S, E]; of their rows only those not refused."""
         q_NHE = rotate_rows(self.query(self.norm(h_ND)).unflatten(-1, (-1, self.head_dim)), new.neighbour_rotation)
-        return h_ND + self.out(new.read_neighbours(q_NHE, keys, values, seen_BS))
+        return h_ND + self.out(new.read_neighbours(q_NHE, keys, values, refusal_BS))
 
     def _start(self) -> None:
         """An output of zero, so that the decoder starts as it is without retrieval.

@@ -166,19 +166,19 @@ def _from_neighbours_on(model: RetroModel, num_slots: int, new: NewTokens, h_ND:
     if model.first_cca_layer is not None and len(new.first_rows) < len(h_ND):
         rows_N = new.positions_N % model.config.chunk_length
         cache.chunk_hidden[new.slots_N, rows_N] = h_ND.to(cache.chunk_hidden.dtype)
-    seen_BS = cache.seen_rows(num_slots)
+    refusal_BS = cache.refused_rows(num_slots)
     for layer in model.layers[(model.first_cca_layer or 1) - 1 :]:
         number = layer.number
         if number != model.first_cca_layer:
             h_ND = layer.self_attention.step(h_ND, new, cache.keys[number - 1], cache.values[number - 1])
-        if layer.cca is not None and seen_BS is not None:
-            h_ND = layer.cca.step(h_ND, new, cache.cca_keys[number], cache.cca_values[number], seen_BS)
+        if layer.cca is not None and refusal_BS is not None:
+            h_ND = layer.cca.step(h_ND, new, cache.cca_keys[number], cache.cca_values[number], refusal_BS)
         h_ND = layer.feed_forward(h_ND)
     h_ND, pointed = model.norm(h_ND), None
-    if model.pointer is not None and seen_BS is not None:
+    if model.pointer is not None and refusal_BS is not None:
         last_NW = cache.last_tokens(new.slots_N, new.positions_N)
-        pointed = model.pointer.step(h_ND, last_NW, cache.pointed_rows(new.slots_N, seen_BS.shape[1]))
-    return model.read_out(DecoderOutput(h_ND, pointed))
+        pointed = model.pointer.step(h_ND, last_NW, cache.pointed_rows(new.slots_N, refusal_BS.shape[1]))
+    return model.read_out(DecoderOutput(h_ND, pointed), new_tokens=True)
 
 
 def _require_one_chunk(model: RetroModel, lengths: Sequence[int], num_new: Sequence[int]) -> None:

@@ -112,10 +112,16 @@ class RetroModel(nn.Module):
         )
         return self.run_layers(h_BTD, inputs)[0]
 
-    def read_out(self, output: DecoderOutput) -> Tensor:
-        """READ: logits [..., V] of an output [...], position by position, so that a loss can take it in slices."""
-        packed = self.packed_read_out
-        logits = F.linear(output.hidden, self.read_out_weight) if packed is None else packed(output.hidden)
+    def read_out(self, output: DecoderOutput, *, new_tokens: bool = False) -> Tensor:
+        """READ: logits [..., V] of an output [...], position by position, so that a loss can take it in slices.
+
+        `new_tokens`: [N], for which weights may be packed in fewer bits than for others.
+        """
+        packed, hidden = self.packed_read_out, output.hidden
+        if packed is None:
+            logits = F.linear(hidden, self.read_out_weight)
+        else:
+            logits = packed(hidden) if new_tokens else packed(hidden[None])[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if output.pointed is None else output.pointed.mixed_with(logits)
 

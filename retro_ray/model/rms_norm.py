@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with a weight; in training and scoring on a CPU, of fewer and larger steps.
+    """torch's RMSNorm with a weight; on a CPU in fewer steps, in training and scoring, and of new tokens.
 
     Under autocast the result there has autocast's type at once: all who read it would convert it.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.eps is None or not _in_own_steps(x):
+        if self.eps is None:
+            return super().forward(x)
+        if x.device.type == "cpu" and not has_many_rows_on_cpu(x) and (x.dim() == 2 or x.dtype != self.weight.dtype):
+            return (x * _scales(x, self.eps)).mul_(self.weight).to(x.dtype)
+        if not _in_own_steps(x):
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         return _RMSNorm.apply(x, self.weight, self.eps, dtype)
@@ -38,14 +42,20 @@ def _in_own_steps(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and has_many_rows_on_cpu(x)
 
 
+def _scales(x: Tensor, eps: float) -> Tensor:
+    """(mean of x^2 + eps)^-1/2 of each row, [..., 1], in float32 or wider."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return norms.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class _RMSNorm(torch.autograd.Function):
     """y = x s w with s = (mean of x^2 + eps)^-1/2 of each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
         rows_ND = x.reshape(-1, x.shape[-1])
-        scale_N1 = torch.linalg.vector_norm(rows_ND, dim=-1, keepdim=True)
-        scale_N1 = scale_N1.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale_N1 = _scales(rows_ND, eps)
         ctx.save_for_backward(rows_ND, scale_N1, weight)
         y_ND = rows_ND * scale_N1
         return (y_ND if weight is None else y_ND.mul_(weight)).to(dtype).view(x.shape)

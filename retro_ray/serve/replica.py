@@ -149,7 +149,7 @@ class Replica:
         """The checkpoint at `path`, or the newest one of a run."""
         model, _, meta = load_model(path, self._database.manifest, self._device)
         engine = GenerationEngine(
-            fast_model(model),
+            fast_model(model, int8=self._settings.int8),
             self._database.tokenizer,
             self._measured_search,
             prefetch=self._settings.prefetch,

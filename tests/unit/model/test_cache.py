@@ -211,7 +211,7 @@ def test_slots_of_very_different_lengths_are_read_apart() -> None:
     assert [range(*group.slots.indices(6)) for group in groups] == [
         range(0, 1), range(1, 2), range(2, 3), range(4, 6),
     ]  # fmt: skip
-    assert [group.seen_BTS.shape[-1] for group in groups] == [64, 1152, 64, 64]
+    assert [group.refusal_BTS.shape[-1] for group in groups] == [64, 1152, 64, 64]
     tokens_N = torch.cat(
         [batch.tokens_BT[b, n : n + new] for b, (n, new) in enumerate(zip(lengths, num_new, strict=True))]
     )

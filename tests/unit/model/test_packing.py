@@ -5,6 +5,7 @@ import torch
 
 from retro_ray.model import RetroModel
 from retro_ray.model.cache import whole_blocks
+from retro_ray.model.int8_product import int8_is_fast
 from retro_ray.model.packing import pack_weights
 from tests.unit.model.models import (
     LLAMA_BLOCKS,
@@ -32,6 +33,7 @@ def tolerance() -> dict[str, float]:
 
 OF_LLAMA = {**LLAMA_BLOCKS, "rope_frequencies": tuple(10.0 ** -(n / 4) for n in range(16))}
 BLOCKS = pytest.mark.parametrize("blocks", [{}, OF_LLAMA], ids=["ours", "llama"])
+INT8 = pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 
 
 def bf16_model(**blocks: object) -> RetroModel:
@@ -48,17 +50,36 @@ def test_packed_weights_give_the_same_logits(blocks: dict) -> None:
     assert torch.cosine_similarity(actual, expected, dim=-1).min() > 0.999
 
 
+@BLOCKS
+def test_prompts_are_read_with_weights_as_they_are_and_new_tokens_with_those_of_eight_bits(blocks: dict) -> None:
+    plain, packed = bf16_model(**blocks), bf16_model(**blocks)
+    pack_weights(plain)
+    pack_weights(packed, int8=True)
+    batch = random_batch(plain.config, num_tokens=14)
+
+    def read(model: RetroModel) -> tuple[torch.Tensor, torch.Tensor]:
+        cache = model.new_cache(2, 14)
+        of_prompts = model.prefill(batch.tokens_BT[:, :13], torch.tensor([13, 13]), cache, *batch.retrieval.values())
+        return of_prompts, model.decode_step(batch.tokens_BT[:, 13], cache)
+
+    (expected, expected_next), (actual, actual_next) = read(plain), read(packed)
+    torch.testing.assert_close(actual, expected, **tolerance())
+    assert torch.cosine_similarity(actual_next, expected_next, dim=-1).min() > 0.99
+    assert int8_is_fast() == bool((actual_next != expected_next).any())
+
+
 def test_only_what_they_serve_is_packed() -> None:
     model = random_model(small_config())
     assert not pack_weights(model)
     assert sum(weight.numel() for weight in model.parameters()) == model.count_parameters(include_embeddings=True)
 
 
-def test_a_row_gets_the_same_to_the_bit_whatever_is_beside_it() -> None:
+@INT8
+def test_a_row_gets_the_same_to_the_bit_whatever_is_beside_it(int8: bool) -> None:
     """Also where oneDNN would add up in another order for one row than for several."""
     generator = torch.Generator().manual_seed(0)
     model = bf16_model()
-    pack_weights(model)
+    pack_weights(model, int8=int8)
     linear = model.layers[0].feed_forward.down
     x_ND = torch.randn(256, linear.in_features, generator=generator).bfloat16()
     expected = linear(x_ND)
@@ -84,11 +105,12 @@ def test_a_token_reads_the_same_to_the_bit_whatever_is_beside_it() -> None:
         torch.testing.assert_close(alone.read_past(q_NHE[row : row + 1], *own)[0], together[row], **tolerance())
 
 
+@INT8
 @BLOCKS
-def test_a_sequence_gets_the_same_logits_to_the_bit_whatever_is_beside_it(blocks: dict) -> None:
+def test_a_sequence_gets_the_same_logits_to_the_bit_whatever_is_beside_it(blocks: dict, int8: bool) -> None:
     """Prompts, single tokens and several, short beside long."""
     model = bf16_model(**blocks)
-    pack_weights(model)
+    pack_weights(model, int8=int8)
     batch = random_batch(model.config, batch_size=3, num_tokens=1080, num_neighbours=1)
     lengths = [1030, 1002, 9]
 
