@@ -16,14 +16,21 @@ from torch import Tensor
 _LARGEST = 127
 _ZERO_POINT = 128
 """FBGEMM takes unsigned rows: this is its zero."""
+_PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
 _SMALLEST_STEP = 1e-12
 """So that a row of zeros has one."""
 
 
 def int8_is_fast() -> bool:
-    """Whether this CPU adds up products of eight bits in 32: older instructions do so in 16, and not exactly."""
-    engines = torch.backends.quantized.supported_engines
-    return bool(torch.cpu.get_capabilities().get("avx512_vnni")) and "fbgemm" in engines
+    """Whether this CPU adds up products of eight bits in 32, as older instructions do not, and torch still has them in
+    a form that can be used here.
+    """
+    has_products = (
+        "fbgemm" in torch.backends.quantized.supported_engines
+        and hasattr(torch, "quantize_per_channel")
+        and hasattr(torch.ops.quantized, _PRODUCT)
+    )
+    return has_products and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
 
 
 class Int8Product:
@@ -39,7 +46,7 @@ class Int8Product:
         zeros_O = torch.zeros(len(steps_O), dtype=torch.int64)
         engine = torch.backends.quantized.engine
         with warnings.catch_warnings():
-            # FBGEMM takes its weights in no other form yet.
+            # Deprecated, but FBGEMM takes its weights in no other form.
             warnings.filterwarnings("ignore", message=".*quantized tensor creation functions.*")
             rounded = torch.quantize_per_channel(weight_OI, steps_O.double(), zeros_O, 0, torch.qint8)
         try:
@@ -48,7 +55,7 @@ class Int8Product:
         finally:
             torch.backends.quantized.engine = engine
         self._smallest_step = torch.full((1,), _SMALLEST_STEP)
-        self._multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+        self._multiply = getattr(torch.ops.quantized, _PRODUCT)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         steps_N1 = torch.add(self._smallest_step, x_NI.abs().amax(dim=1, keepdim=True), alpha=1 / _LARGEST)
