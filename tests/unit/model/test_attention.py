@@ -39,6 +39,15 @@ def test_attend_is_the_textbook_formula() -> None:
     torch.testing.assert_close(attend(q, k, v), expected)
 
 
+@pytest.mark.parametrize("plain_max_positions", [0, 1024], ids=["fused", "plain"])
+def test_a_mask_may_be_what_is_added_to_scores(plain_max_positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_PLAIN_MAX_POSITIONS", plain_max_positions)
+    q, k, v = random_qkv(5, 5)
+    allowed = open_empty_rows(torch.rand(2, 1, 5, 5) < 0.5)
+    added = torch.where(allowed, 0.0, -math.inf).double()
+    torch.testing.assert_close(attend(q, k, v, added), attend(q, k, v, allowed))
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_documents_kept_apart_in_blocks_attend_as_by_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over more than one block of 128, heads of keys shared; padding behind one document of three, and one alone."""
