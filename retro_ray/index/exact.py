@@ -76,18 +76,20 @@ class ExactKeys:
         """The nearest rows as FAISS finds them, int64 [Q, C], and how far the last one is to it, float32 [Q]."""
         rough, rows = np.empty((len(queries), num_rows), np.float32), np.full((len(queries), num_rows), -1, np.int64)
         pointer = faiss.swig_ptr
-        faiss.knn_L2sqr(
-            pointer(queries),
-            pointer(self._keys),
-            self._keys.shape[1],
-            len(queries),
-            len(self._keys),
-            num_rows,
-            pointer(rough),
-            pointer(rows),
-            None,
-            selector,
-        )
+        # With more threads than queries FAISS shares out the keys, and takes four times as long as one thread does.
+        with threads_at_most(len(queries)):
+            faiss.knn_L2sqr(
+                pointer(queries),
+                pointer(self._keys),
+                self._keys.shape[1],
+                len(queries),
+                len(self._keys),
+                num_rows,
+                pointer(rough),
+                pointer(rows),
+                None,
+                selector,
+            )
         return rough[:, -1], rows
 
     def _choose(self, queries: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,10 +136,12 @@ def unbatched_distances() -> Iterator[None]:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """What this thread asks of FAISS meanwhile is done by it alone. (Others may be told otherwise at the same time.)"""
+def threads_at_most(limit: int) -> Iterator[None]:
+    """What this thread asks of FAISS meanwhile is done by no more; by it alone, if by one. (Others may be told
+    otherwise at the same time.)
+    """
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
+    faiss.omp_set_num_threads(min(limit, before))
     try:
         yield
     finally:

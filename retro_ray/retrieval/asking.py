@@ -21,7 +21,7 @@ from retro_ray.database.store import Database
 from retro_ray.errors import MismatchError, RetrievalError
 from retro_ray.index.build import read_index
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
-from retro_ray.index.exact import one_thread
+from retro_ray.index.exact import threads_at_most
 from retro_ray.index.merge import Candidates
 from retro_ray.index.search import Wanted, search_parts
 from retro_ray.retrieval.answering import nothing_found
@@ -178,7 +178,7 @@ class Asker:
             excluded = None if excluded_ids is None else excluded_ids[piece]
             # Threads of OpenMP wait for each other, awake: they would be in the way of shards elsewhere, and of each
             # other where every thread has queries of its own.
-            with one_thread() if at_a_time > 1 or self._shards.are_elsewhere else contextlib.nullcontext():
+            with threads_at_most(1) if at_a_time > 1 or self._shards.are_elsewhere else contextlib.nullcontext():
                 return search_parts(queries[piece], k, spec, view.encoder, asking, excluded)
 
         over = self._pool.map if at_a_time > 1 else map

@@ -82,7 +82,7 @@ class Transport(Protocol):
         """Answers and failures of `calls`, None for those that have not ended.
 
         Returns when all have ended (or, unless `all_of_them`, when any has), when one has failed, or
-        after `timeout_s`.
+        after `timeout_s`; where calls take different ways, as soon as any has ended.
         """
         ...
 

@@ -16,10 +16,11 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from retro_ray.database.format import Manifest, fingerprint, read_manifest
-from retro_ray.index.exact import one_thread
+from retro_ray.index.exact import threads_at_most
 from retro_ray.ray_session import NAMESPACE, num_cluster_cpus
 from retro_ray.retrieval.answering import ServedShard
 from retro_ray.retrieval.coalescing import Coalescer
+from retro_ray.retrieval.direct import DirectServer, Endpoint
 from retro_ray.retrieval.messages import CandidateAnswer, CandidateRequest
 from retro_ray.retrieval.placement import choose_node
 from retro_ray.retrieval.wire import answer_to_bytes, request_from_bytes
@@ -53,18 +54,26 @@ class ShardActor:
             size_of=lambda request: len(request.queries),
             max_batch_size=_QUERIES_PER_BATCH,
         )
+        self._direct = DirectServer(ray.util.get_node_ip_address(), self._search_in_bytes)
 
     def search(self, request: CandidateRequest | bytes) -> CandidateAnswer | bytes:
         """The candidates for a request; in bytes for one in bytes (see retrieval/wire.py)."""
-        is_small = isinstance(request, bytes)
-        answer = self._batches.answer(request_from_bytes(request) if is_small else request)
-        answer = dataclasses.replace(answer, num_queued=self._batches.num_waiting)
-        return answer_to_bytes(answer) if is_small else answer
+        return self._search_in_bytes(request) if isinstance(request, bytes) else self._search(request)
+
+    def endpoint(self) -> Endpoint:
+        """Where requests in bytes are answered as well, without Ray."""
+        return self._direct.endpoint
+
+    def _search_in_bytes(self, message: bytes) -> bytes:
+        return answer_to_bytes(self._search(request_from_bytes(message)))
+
+    def _search(self, request: CandidateRequest) -> CandidateAnswer:
+        return dataclasses.replace(self._batches.answer(request), num_queued=self._batches.num_waiting)
 
     def _answer(self, requests: Sequence[CandidateRequest]) -> list[CandidateAnswer]:
         if self._team is not None:
             return self._team.submit(self._served.answer, requests).result()
-        with one_thread():
+        with threads_at_most(1):
             return self._served.answer(requests)
 
     def ready(self) -> CandidateAnswer:

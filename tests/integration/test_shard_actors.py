@@ -113,12 +113,55 @@ def test_more_queries_than_one_message_holds(database: Database) -> None:
     np.testing.assert_array_equal(found[1], local[1])
 
 
+def connected(database: Database, queries: np.ndarray, config: RetrievalConfig | None = None) -> ShardedRetriever:
+    """One whose next small search goes over connections to the actors, and not through Ray."""
+    retriever = ShardedRetriever(database, config)
+    lines = retriever._transport._lines
+    while len(lines) < database.manifest.num_shards or not all(line._free for line in lines.values()):
+        retriever.search(queries, K)
+    return retriever
+
+
+def test_small_searches_do_not_pass_through_ray(
+    database: Database, queries: np.ndarray, expected: NeighbourSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retriever = connected(database, queries)
+    monkeypatch.setattr(ray, "get", None)
+    monkeypatch.setattr(ray, "put", None)
+    for _ in range(3):
+        assert_equal(retriever.search(queries, K), expected)
+
+
+def test_some_calls_pass_through_ray_and_others_do_not(
+    database: Database, queries: np.ndarray, expected: NeighbourSet
+) -> None:
+    retriever = connected(database, queries)
+    without = retriever._transport._lines[1, 0]
+    without._free.clear()
+    without._not_before = float("inf")
+    assert_equal(retriever.search(queries, K), expected)
+    die(database, 0)
+    assert_equal(retriever.search(queries, K), expected)
+
+
+def test_an_actor_that_died_while_nobody_asked_costs_no_answer(
+    database: Database, queries: np.ndarray, expected: NeighbourSet
+) -> None:
+    """The connection to it is gone, but it is back: `partial` has nothing to leave out."""
+    retriever = connected(database, queries, PARTIAL)
+    before = die(database, 1)
+    assert pid_of(database, 1) != before
+    ShardedRetriever(database).wait_until_ready()
+    for _ in range(3):
+        assert_equal(retriever.search(queries, K), expected)
+
+
 @pytest.mark.parametrize("death", DEATHS)
 def test_a_dead_actor_costs_no_query(
     database: Database, queries: np.ndarray, expected: NeighbourSet, death: str
 ) -> None:
     """Policy `wait`, without a second replica: the query waits until the actor is back."""
-    retriever = ShardedRetriever(database)
+    retriever = connected(database, queries)
     before = die(database, 1, death)
     assert_equal(retriever.search(queries, K), expected)
     assert pid_of(database, 1) != before
@@ -132,7 +175,7 @@ def test_with_two_replicas_no_query_even_waits(
     """Policy `fail`: it would be an error if no replica lived."""
     ShardedRetriever(database, TWO).wait_until_ready()
     pid_of(database, 1, 1)  # it lives
-    retriever = ShardedRetriever(database, RetrievalConfig(num_replicas=2, policy="fail"))
+    retriever = connected(database, queries, RetrievalConfig(num_replicas=2, policy="fail"))
     die(database, 1, death)
     for _ in range(20):
         assert_equal(retriever.search(queries, K), expected)
@@ -168,12 +211,14 @@ def test_fail_names_shard_cause_and_way_out(database: Database, queries: np.ndar
 def test_a_slow_shard_is_named_with_the_setting(
     database: Database, queries: np.ndarray, expected: NeighbourSet
 ) -> None:
-    ShardedRetriever(database).search(queries, K)
+    impatient = RetrievalConfig(policy="fail", timeout_s=0.5)
+    known = connected(database, queries, impatient)
     pid = pid_of(database, 0)
     os.kill(pid, signal.SIGSTOP)
     try:
-        with pytest.raises(RetrievalError, match=r"shard 0 of 2 .*timeout_s=0\.5 passed"):
-            ShardedRetriever(database, RetrievalConfig(policy="fail", timeout_s=0.5)).search(queries, K)
+        for retriever in (known, ShardedRetriever(database, impatient)):
+            with pytest.raises(RetrievalError, match=r"shard 0 of 2 .*timeout_s=0\.5 passed"):
+                retriever.search(queries, K)
     finally:
         os.kill(pid, signal.SIGCONT)
     assert_equal(ShardedRetriever(database).search(queries, K), expected)

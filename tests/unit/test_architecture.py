@@ -42,6 +42,7 @@ RAY_MODULES = {
     "ray_session.py",
     "retrieval/announce.py",
     "retrieval/open.py",
+    "retrieval/ray_transport.py",
     "retrieval/shard_actor.py",
     "retrieval/sharded.py",
     "serve/__init__.py",
