@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.environment import run_with
 from benchmarks.generation_homes import prompts, require_database, require_trained
 from benchmarks.generation_int8 import int8_cost
 from benchmarks.generation_prefetch import prefetch_cost
@@ -205,13 +206,6 @@ def report(metrics: dict[str, Any]) -> str:
     )
 
 
-def with_fast_allocator() -> None:
-    """Start anew with the allocator's settings, which are read when a process starts."""
-    if any(os.environ.get(name) != value for name, value in FAST_ALLOCATOR_ENV.items()):
-        command = [sys.executable, "-m", "benchmarks.generation", *sys.argv[1:]]
-        os.execve(sys.executable, command, {**os.environ, **FAST_ALLOCATOR_ENV})
-
-
 def main(benchmark: GenerationBenchmark) -> None:
     """Measure and report."""
     torch.set_num_threads(os.cpu_count() or 1)
@@ -224,5 +218,5 @@ def main(benchmark: GenerationBenchmark) -> None:
 
 if __name__ == "__main__":
     parsed = parse(GenerationBenchmark, "python -m benchmarks.generation")
-    with_fast_allocator()
+    run_with(FAST_ALLOCATOR_ENV, "benchmarks.generation")
     run(lambda: main(parsed))

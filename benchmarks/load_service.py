@@ -21,6 +21,7 @@ from typing import Any
 import httpx2
 import psutil
 
+from benchmarks.environment import LOOPBACK
 from benchmarks.load_processes import ProcessWatch, WatchedProcess
 from retro_ray.errors import ConfigError
 
@@ -85,7 +86,7 @@ class RunningService:
             **{name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray takes the machine's address for 127.0.0.1
+            **LOOPBACK,
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         head = ["ray", "start", "--head", "--block", "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"]

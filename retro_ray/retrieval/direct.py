@@ -14,10 +14,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, answer_challenge, deliver_challenge, wait
-from typing import Any
 
 from retro_ray.errors import DatabaseError
 from retro_ray.retrieval.failover import Failure, FailureKind
@@ -29,6 +30,8 @@ LONGEST_REQUEST_BYTES = 1_000_000
 _CONNECT_TIMEOUT_S = 5.0
 _PAUSE_S = 1.0
 """Between attempts to connect, after one that failed."""
+_GRACE_S = 0.2
+"""For a new connection, where the old one is found to have ended."""
 _LOST_AFTER_S = 20
 """Without a sign of life from the other machine, a connection ends."""
 _ANSWER, _DAMAGED, _REFUSED = b"\0", b"\1", b"\2"
@@ -107,13 +110,12 @@ class DirectCall:
     def take_in(self) -> None:
         """Wait for the end; the connection is free for the next call then."""
         try:
-            reply = self.connection.recv_bytes()
+            self.outcome = _read(self.connection.recv_bytes())
         except (EOFError, OSError) as error:
+            self.connection.close()
             self.outcome = Failure(FailureKind.AWAY, "its actor died: the connection ended", error)
-            self._line.hang_up(self.connection)
-            return
-        self.outcome = _read(reply)
-        self._line.take_back(self.connection)
+        else:
+            self._line.take_back(self.connection)
 
 
 class DirectLine:
@@ -126,43 +128,59 @@ class DirectLine:
         start: has a function called in another thread.
     """
 
-    def __init__(self, find: Callable[[], Endpoint | None], start: Callable[[Callable[[], None]], Any]) -> None:
+    def __init__(
+        self, find: Callable[[], Endpoint | None], start: Callable[[Callable[[], None]], Future[None]]
+    ) -> None:
         self._find = find
         self._start = start
         self._free: deque[Connection] = deque()
         self._lock = threading.Lock()
-        self._is_opening = False
+        self._opening: Future[None] | None = None
         self._not_before = 0.0
 
-    def send(self, message: bytes) -> DirectCall | None:
-        """Begin a call; None where no connection is free."""
-        with contextlib.suppress(IndexError):
-            while True:
-                connection = self._free.pop()
-                try:
-                    if not connection.poll(0):  # there is nothing to be read before a question but the end
-                        connection.send_bytes(message)
-                        return DirectCall(connection, self)
-                except OSError:
-                    pass
-                self.hang_up(connection)
-        self._open_another()
-        return None
+    def send(self, message: bytes) -> DirectCall | Failure | None:
+        """Begin a call.
+
+        Returns:
+            None where no connection is free; a failure where there was one, and the server has died since.
+        """
+        call, was_open = self._send(message)
+        if call is None:
+            opening = self.open_another()
+            if was_open:
+                # It may have died long ago, and have been started again.
+                futures.wait([opening] if opening else [], timeout=_GRACE_S)
+                call, _ = self._send(message)
+        if call is None and was_open:
+            return Failure(FailureKind.AWAY, "its actor died: the connection ended", EOFError())
+        return call
 
     def take_back(self, connection: Connection) -> None:
         """A call has ended."""
         self._free.append(connection)
 
-    def hang_up(self, connection: Connection) -> None:
-        """A connection has ended."""
-        connection.close()
-
-    def _open_another(self) -> None:
+    def open_another(self) -> Future[None] | None:
+        """Open one more connection; what is returned ends when it is there, or cannot be. None: not so soon again."""
         with self._lock:
-            if self._is_opening or time.monotonic() < self._not_before:
-                return
-            self._is_opening = True
-        self._start(self._open)
+            if self._opening is None or self._opening.done():
+                if time.monotonic() < self._not_before:
+                    return None
+                self._opening = self._start(self._open)
+            return self._opening
+
+    def _send(self, message: bytes) -> tuple[DirectCall | None, bool]:
+        """A call over a free connection, and whether there was any, if only one that had ended."""
+        was_open = False
+        with contextlib.suppress(IndexError):  # none is left
+            while True:
+                connection = self._free.pop()
+                was_open = True
+                with contextlib.suppress(OSError):
+                    if not connection.poll(0):  # there is nothing to be read before a question but the end
+                        connection.send_bytes(message)
+                        return DirectCall(connection, self), True
+                connection.close()
+        return None, was_open
 
     def _open(self) -> None:
         try:
@@ -171,8 +189,6 @@ class DirectLine:
                 return
         except (OSError, EOFError, AuthenticationError) as error:
             logger.info("no direct connection, calls go through Ray: %s", error)
-        finally:
-            self._is_opening = False
         self._not_before = time.monotonic() + _PAUSE_S
 
 

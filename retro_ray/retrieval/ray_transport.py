@@ -52,7 +52,7 @@ class RayTransport:
         for shard, replica in itertools.product(shards, range(self._config.num_replicas)):
             self._start(shard, replica, placed)
 
-    def send(self, shard: int, replica: int, request: Any) -> ray.ObjectRef | DirectCall:
+    def send(self, shard: int, replica: int, request: Any) -> ray.ObjectRef | DirectCall | Failure:
         handle = self._handles.get((shard, replica))
         if handle is None:
             handle = self._start(shard, replica, {})  # the database has more shards than before
@@ -61,17 +61,22 @@ class RayTransport:
         return handle.ready.remote() if request is None else handle.search.remote(request)
 
     def revive(self, shard: int, replica: int, failure: Failure) -> Future[Any] | None:
+        if isinstance(failure.cause, (EOFError, OSError)):
+            # Ray has not found out yet, and calls would hang until it does: as this one does.
+            return self._line(shard, replica).open_another()
         if not isinstance(failure.cause, (ActorDiedError, ActorUnschedulableError)):
             return None  # Ray starts it again
         # Elsewhere: finding it a node can take seconds, and another replica may have the answer at once.
         return self._reviving.submit(self._start_anew, shard, replica)
 
     def receive(
-        self, calls: Sequence[ray.ObjectRef | DirectCall], timeout_s: float, *, all_of_them: bool
+        self, calls: Sequence[ray.ObjectRef | DirectCall | Failure], timeout_s: float, *, all_of_them: bool
     ) -> list[CandidateAnswer | Failure | None]:
         direct = [call for call in calls if isinstance(call, DirectCall)]
-        by_ray = [call for call in calls if not isinstance(call, DirectCall)]
-        if not by_ray:
+        by_ray = [call for call in calls if not isinstance(call, DirectCall | Failure)]
+        if len(direct) + len(by_ray) < len(calls):
+            pass  # some have failed already
+        elif not by_ray:
             wait_for_ends(direct, timeout_s, all_of_them=all_of_them)
         elif direct:
             deadline = time.monotonic() + timeout_s
@@ -86,7 +91,9 @@ class RayTransport:
             ray.wait(by_ray, num_returns=1, timeout=timeout_s)
         return [_outcome(call) if self.has_ended(call) else None for call in calls]
 
-    def has_ended(self, call: ray.ObjectRef | DirectCall | Future[Any]) -> bool:
+    def has_ended(self, call: ray.ObjectRef | DirectCall | Failure | Future[Any]) -> bool:
+        if isinstance(call, Failure):
+            return True
         if isinstance(call, DirectCall):
             return call.has_ended()
         return call.done() if isinstance(call, Future) else bool(ray.wait([call], timeout=0)[0])
@@ -137,7 +144,9 @@ def _as_answer(answer: CandidateAnswer | bytes) -> CandidateAnswer:
     return answer_from_bytes(answer) if isinstance(answer, bytes) else answer
 
 
-def _outcome(call: ray.ObjectRef | DirectCall) -> CandidateAnswer | Failure | None:
+def _outcome(call: ray.ObjectRef | DirectCall | Failure) -> CandidateAnswer | Failure | None:
+    if isinstance(call, Failure):
+        return call
     if isinstance(call, DirectCall):
         return answer_from_bytes(call.outcome) if isinstance(call.outcome, bytes) else call.outcome
     try:

@@ -211,6 +211,7 @@ def test_fail_names_shard_cause_and_way_out(database: Database, queries: np.ndar
 def test_a_slow_shard_is_named_with_the_setting(
     database: Database, queries: np.ndarray, expected: NeighbourSet
 ) -> None:
+    ShardedRetriever(database).search(queries, K)
     impatient = RetrievalConfig(policy="fail", timeout_s=0.5)
     known = connected(database, queries, impatient)
     pid = pid_of(database, 0)

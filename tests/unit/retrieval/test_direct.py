@@ -5,7 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -22,13 +22,16 @@ def server() -> Iterator[ServerProcess]:
         yield running
 
 
+def at_once(function: Callable[[], None]) -> Future[None]:
+    """Called in the thread that asks."""
+    done: Future[None] = Future()
+    function()
+    done.set_result(None)
+    return done
+
+
 def line_to(endpoint: Endpoint | None) -> DirectLine:
-    """One that connects in the thread that asks."""
-
-    def call(function: Callable[[], None]) -> None:
-        function()
-
-    return DirectLine(lambda: endpoint, call)
+    return DirectLine(lambda: endpoint, at_once)
 
 
 def begin(line: DirectLine, message: bytes) -> DirectCall:
@@ -37,6 +40,7 @@ def begin(line: DirectLine, message: bytes) -> DirectCall:
     while (call := line.send(message)) is None:
         assert time.monotonic() < deadline, "no connection"
         time.sleep(0.001)
+    assert isinstance(call, DirectCall)
     return call
 
 
@@ -82,10 +86,10 @@ def test_the_answer_to_a_call_that_was_given_up_is_nobody_elses(server: ServerPr
     while not given_up.has_ended():
         time.sleep(0.01)
     assert given_up.outcome == b"slow 0.2"
-    calls = [line.send(b"a"), line.send(b"b")]  # over both connections, which are free again
-    assert None not in calls
-    wait_for_ends([call for call in calls if call], LONG_S, all_of_them=True)
-    assert [call.outcome for call in calls if call] == [b"a", b"b"]
+    sent = [line.send(b"a"), line.send(b"b")]  # over both connections, which are free again
+    calls = [call for call in sent if isinstance(call, DirectCall)]
+    wait_for_ends(calls, LONG_S, all_of_them=True)
+    assert [call.outcome for call in calls] == [b"a", b"b"]
 
 
 @pytest.mark.parametrize(
@@ -120,14 +124,27 @@ def test_a_server_that_dies_ends_its_calls_at_once() -> None:
         assert line.send(b"more") is None
 
 
-def test_a_connection_that_ended_while_nobody_asked_costs_no_call(server: ServerProcess) -> None:
+def test_a_server_that_has_died_while_nobody_asked_fails_a_call_at_once() -> None:
+    with running_server() as server:
+        line = line_to(server.endpoint)
+        assert ask(line, b"first") == b"first"
+        server.kill()
+        failure = line.send(b"second")
+        assert isinstance(failure, Failure)
+        assert failure.kind is FailureKind.AWAY
+        assert line.send(b"third") is None  # that much is known
+
+
+def test_one_that_is_back_by_then_gets_the_call(server: ServerProcess) -> None:
     with running_server() as mortal:
         endpoints = [mortal.endpoint, server.endpoint]
-        line = DirectLine(lambda: endpoints.pop(0), lambda function: function())
+        line = DirectLine(lambda: endpoints.pop(0), at_once)
         assert ask(line, b"first") == b"first"
         mortal.kill()
-        assert line.send(b"second") is None  # goes another way, and a connection to the next server is opened
-        assert ask(line, b"third") == b"third"
+        call = line.send(b"second")
+        assert isinstance(call, DirectCall)
+        wait_for_ends([call], LONG_S, all_of_them=True)
+        assert call.outcome == b"second"
 
 
 def test_without_the_key_nothing_is_answered(server: ServerProcess) -> None:
@@ -150,7 +167,12 @@ def test_without_the_key_nothing_is_answered(server: ServerProcess) -> None:
 
 
 def test_a_request_that_is_far_too_long_is_not_taken_in(server: ServerProcess) -> None:
-    outcome = ask(line_to(server.endpoint), bytes(LONGEST_REQUEST_BYTES + 1))
+    line = line_to(server.endpoint)
+    assert line.send(b"") is None
+    outcome = line.send(bytes(LONGEST_REQUEST_BYTES + 1))
+    if isinstance(outcome, DirectCall):  # all of it was on its way before the connection was cut
+        wait_for_ends([outcome], LONG_S, all_of_them=True)
+        outcome = outcome.outcome
     assert isinstance(outcome, Failure)
     assert outcome.kind is FailureKind.AWAY
 
@@ -162,7 +184,7 @@ def test_nobody_there_is_not_asked_again_at_once() -> None:
         nonlocal num_asked
         num_asked += 1
 
-    line = DirectLine(find, lambda function: function())
+    line = DirectLine(find, at_once)
     assert [line.send(b"") for _ in range(5)] == [None] * 5
     assert num_asked == 1
 
