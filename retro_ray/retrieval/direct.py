@@ -129,13 +129,13 @@ class DirectLine:
     """
 
     def __init__(
-        self, find: Callable[[], Endpoint | None], start: Callable[[Callable[[], None]], Future[None]]
+        self, find: Callable[[], Endpoint | None], start: Callable[[Callable[[], bool]], Future[bool]]
     ) -> None:
         self._find = find
         self._start = start
         self._free: deque[Connection] = deque()
         self._lock = threading.Lock()
-        self._opening: Future[None] | None = None
+        self._opening: Future[bool] | None = None
         self._not_before = 0.0
 
     def send(self, message: bytes) -> DirectCall | Failure | None:
@@ -145,22 +145,23 @@ class DirectLine:
             None where no connection is free; a failure where there was one, and the server has died since.
         """
         call, was_open = self._send(message)
-        if call is None:
-            opening = self.open_another()
-            if was_open:
-                # It may have died long ago, and have been started again.
-                futures.wait([opening] if opening else [], timeout=_GRACE_S)
-                call, _ = self._send(message)
-        if call is None and was_open:
+        if call is not None:
+            return call
+        opening = self.open_another()
+        if not was_open:
+            return None
+        # It may have died long ago, and have been started again.
+        if opening is None or not futures.wait([opening], timeout=_GRACE_S).done or not opening.result():
             return Failure(FailureKind.AWAY, "its actor died: the connection ended", EOFError())
+        call, _ = self._send(message)
         return call
 
     def take_back(self, connection: Connection) -> None:
         """A call has ended."""
         self._free.append(connection)
 
-    def open_another(self) -> Future[None] | None:
-        """Open one more connection; what is returned ends when it is there, or cannot be. None: not so soon again."""
+    def open_another(self) -> Future[bool] | None:
+        """Open one more connection; what is returned tells when it is there, or cannot be. None: not so soon again."""
         with self._lock:
             if self._opening is None or self._opening.done():
                 if time.monotonic() < self._not_before:
@@ -182,14 +183,18 @@ class DirectLine:
                 connection.close()
         return None, was_open
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
+        self._not_before = time.monotonic() + _PAUSE_S
+        endpoint = self._find()
+        if endpoint is None:
+            return False
         try:
-            if (endpoint := self._find()) is not None:
-                self._free.append(_connect(endpoint))
-                return
+            self._free.append(_connect(endpoint))
         except (OSError, EOFError, AuthenticationError) as error:
             logger.info("no direct connection, calls go through Ray: %s", error)
-        self._not_before = time.monotonic() + _PAUSE_S
+            return False
+        self._not_before = 0.0
+        return True
 
 
 def wait_for_ends(calls: Sequence[DirectCall], timeout_s: float, *, all_of_them: bool) -> None:

@@ -22,11 +22,10 @@ def server() -> Iterator[ServerProcess]:
         yield running
 
 
-def at_once(function: Callable[[], None]) -> Future[None]:
+def at_once(function: Callable[[], bool]) -> Future[bool]:
     """Called in the thread that asks."""
-    done: Future[None] = Future()
-    function()
-    done.set_result(None)
+    done: Future[bool] = Future()
+    done.set_result(function())
     return done
 
 
@@ -145,6 +144,19 @@ def test_one_that_is_back_by_then_gets_the_call(server: ServerProcess) -> None:
         assert isinstance(call, DirectCall)
         wait_for_ends([call], LONG_S, all_of_them=True)
         assert call.outcome == b"second"
+
+
+def test_what_finds_no_free_connection_to_it_then_goes_another_way(server: ServerProcess) -> None:
+    with running_server() as mortal:
+        endpoints = [mortal.endpoint, mortal.endpoint, server.endpoint]
+        line = DirectLine(lambda: endpoints.pop(0), at_once)
+        calls = [begin(line, b"one"), begin(line, b"two")]
+        wait_for_ends(calls, LONG_S, all_of_them=True)
+        mortal.kill()
+        opened: Future[bool] = Future()
+        opened.set_result(True)  # for another call, which has taken it
+        line.open_another = lambda: opened
+        assert line.send(b"three") is None
 
 
 def test_without_the_key_nothing_is_answered(server: ServerProcess) -> None:
