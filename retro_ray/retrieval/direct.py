@@ -72,15 +72,20 @@ class DirectServer:
 
     def _serve(self, accepted: socket.socket) -> None:
         try:
-            with _as_connection(accepted) as connection:
-                deliver_challenge(connection, self.endpoint.key)
-                answer_challenge(connection, self.endpoint.key)
+            with accepted, _as_connection(accepted.dup()) as connection:
+                patience = threading.Timer(_CONNECT_TIMEOUT_S, _shut, [accepted])
+                patience.start()
+                try:
+                    deliver_challenge(connection, self.endpoint.key)
+                    answer_challenge(connection, self.endpoint.key)
+                finally:
+                    patience.cancel()
                 while True:
                     connection.send_bytes(self._reply(connection.recv_bytes(LONGEST_REQUEST_BYTES)))
         except AuthenticationError:
             logger.warning("somebody without the key tried to connect")
         except (EOFError, OSError):
-            pass  # the client is gone
+            pass  # the client is gone, or has not proved the key in time
 
     def _reply(self, message: bytes) -> bytes:
         try:
@@ -151,10 +156,11 @@ class DirectLine:
         if not was_open:
             return None
         # It may have died long ago, and have been started again.
-        if opening is None or not futures.wait([opening], timeout=_GRACE_S).done or not opening.result():
-            return Failure(FailureKind.AWAY, "its actor died: the connection ended", EOFError())
-        call, _ = self._send(message)
-        return call
+        if opening is not None and futures.wait([opening], timeout=_GRACE_S).done and opening.result():
+            call, was_open = self._send(message)
+            if call is not None or not was_open:
+                return call
+        return Failure(FailureKind.AWAY, "its actor died: the connection ended", EOFError())
 
     def take_back(self, connection: Connection) -> None:
         """A call has ended."""
@@ -239,6 +245,12 @@ def _connect(endpoint: Endpoint) -> Connection:
         connection.close()
         raise
     return connection
+
+
+def _shut(opened: socket.socket) -> None:
+    """Whoever waits for something to be read from it is told that nothing will come."""
+    with contextlib.suppress(OSError):  # it has ended
+        opened.shutdown(socket.SHUT_RDWR)
 
 
 def _as_connection(opened: socket.socket) -> Connection:

@@ -176,15 +176,26 @@ def test_without_the_key_nothing_is_answered(server: ServerProcess) -> None:
     assert ask(line_to(server.endpoint), b"thread") is not None
 
 
-def test_a_request_that_is_far_too_long_is_not_taken_in(server: ServerProcess) -> None:
+@pytest.mark.parametrize("size", [LONGEST_REQUEST_BYTES + 1, 50 * LONGEST_REQUEST_BYTES])
+def test_a_request_that_is_far_too_long_is_not_taken_in(server: ServerProcess, size: int) -> None:
+    """The connection is cut: before the shorter one has been sent, or after; the longer one is never sent whole."""
     line = line_to(server.endpoint)
     assert line.send(b"") is None
-    outcome = line.send(bytes(LONGEST_REQUEST_BYTES + 1))
-    if isinstance(outcome, DirectCall):  # all of it was on its way before the connection was cut
+    outcome = line.send(bytes(size))
+    if isinstance(outcome, DirectCall):
         wait_for_ends([outcome], LONG_S, all_of_them=True)
         outcome = outcome.outcome
     assert isinstance(outcome, Failure)
     assert outcome.kind is FailureKind.AWAY
+    assert ask(line_to(server.endpoint), b"as before") == b"as before"
+
+
+def test_who_does_not_prove_the_key_is_not_waited_for(server: ServerProcess) -> None:
+    with socket.create_connection((server.endpoint.host, server.endpoint.port), LONG_S) as silent:
+        received = b""
+        while part := silent.recv(1000):  # until the server ends it
+            received += part
+    assert b"CHALLENGE" in received
 
 
 def test_nobody_there_is_not_asked_again_at_once() -> None:
