@@ -74,6 +74,7 @@ class DirectServer:
         try:
             with accepted, _as_connection(accepted.dup()) as connection:
                 patience = threading.Timer(_CONNECT_TIMEOUT_S, _shut, [accepted])
+                patience.daemon = True
                 patience.start()
                 try:
                     deliver_challenge(connection, self.endpoint.key)
