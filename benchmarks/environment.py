@@ -8,6 +8,8 @@ from collections.abc import Mapping
 
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Else Ray takes the machine's address for 127.0.0.1, where nobody may listen."""
+EQUAL_SHARES = {"RAY_worker_niceness": "0"}
+"""Else Ray's workers give way to the clients that ask them, which stand for clients on other machines."""
 
 
 def run_with(settings: Mapping[str, str], module: str) -> None:

@@ -27,7 +27,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 
-from benchmarks.environment import LOOPBACK, run_with
+from benchmarks.environment import EQUAL_SHARES, LOOPBACK, run_with
 from retro_ray.command_line import parse, run
 from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig
 from retro_ray.database.build import DatabaseBuilder
@@ -313,5 +313,5 @@ def main(benchmark: FaultsBenchmark) -> None:
 
 if __name__ == "__main__":
     parsed = parse(FaultsBenchmark, "python -m benchmarks.faults")
-    run_with(LOOPBACK, "benchmarks.faults")
+    run_with(LOOPBACK | EQUAL_SHARES, "benchmarks.faults")
     run(lambda: main(parsed))

@@ -21,7 +21,7 @@ from typing import Any
 import httpx2
 import psutil
 
-from benchmarks.environment import LOOPBACK
+from benchmarks.environment import EQUAL_SHARES, LOOPBACK
 from benchmarks.load_processes import ProcessWatch, WatchedProcess
 from retro_ray.errors import ConfigError
 
@@ -87,6 +87,7 @@ class RunningService:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             **LOOPBACK,
+            **EQUAL_SHARES,
             "RAY_USAGE_STATS_ENABLED": "0",
         }
         head = ["ray", "start", "--head", "--block", "--include-dashboard", "false", "--node-ip-address", "127.0.0.1"]
