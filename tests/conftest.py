@@ -12,8 +12,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # for the tests that take several, as unit/test_threads.py
 
-# Ray's workers give way to all other processes by default. Beside one that keeps the processors busy, such as the other half
-# of these tests, an actor takes half a minute to start then. Read when Ray starts.
+# Ray's workers give way to all other processes by default: beside some that keep the processors busy, such as the other
+# half of these tests, an actor takes half a minute to start. Read when Ray starts.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
 # No test asserts on time: a machine may be busy. Where `CI` is set (by `.ci/run`, too) all examples are those of the
