@@ -37,13 +37,15 @@ $(VENV)/.browser: | $(VENV)/.test
 	}; } || echo "no Chromium: the playground's tests will be skipped"
 	touch $@
 
-# Two halves side by side: tests with Ray spend much of their time waiting for its processes. Those from end to end have a
-# Ray of their own, and come with the shorter half.
+# Two halves side by side, each with some Ray and some without: about as long as each other.
 OTHERS_LOG := $(VENV)/other-tests.log
+AFTER_RAY := tests/browser tests/properties
 test: $(VENV)/.test $(VENV)/.browser
-	@{ $(BIN)/python -m pytest -m "not ray"; status=$$?; $(BIN)/python -m pytest tests/e2e || status=1; exit $$status; } \
+	@{ $(BIN)/python -m pytest -m "not ray" $(addprefix --ignore ,$(AFTER_RAY)); status=$$?; \
+		$(BIN)/python -m pytest tests/e2e || status=1; exit $$status; } \
 		>$(OTHERS_LOG) 2>&1 & others=$$!; trap "pkill -P $$others; kill $$others" INT TERM; \
 	$(BIN)/python -m pytest -m ray --ignore tests/e2e; status=$$?; \
+	$(BIN)/python -m pytest -m "not ray" $(AFTER_RAY) || status=1; \
 	wait $$others || status=1; cat $(OTHERS_LOG); exit $$status
 
 lint: $(VENV)/.test
