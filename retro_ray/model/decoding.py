@@ -102,7 +102,7 @@ def read_new_tokens(
         tokens, read, kept_rows = _with_pausing_slots(tokens, lengths, num_new, cache.max_tokens)
     cache.make_room(len(read), max(length + count for length, count in zip(lengths, read, strict=True)))
     device = model.token_embedding.weight.device
-    shape, numbers = plan_pass(tokens, lengths, read, cache.held_rows, device.type)
+    shape, numbers = plan_pass(tokens, lengths, read, None if device.type == "cpu" else cache.held_rows)
     graphs = cache.pass_graphs
     stages = PassStages(numbers, device) if graphs is None else graphs.stages(shape, numbers, device)
     new, h_ND = stages.do("up to neighbours", lambda: _up_to_neighbours(model, shape, stages.numbers_X, cache))

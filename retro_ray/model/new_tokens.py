@@ -1,5 +1,8 @@
 """New tokens of many sequences in one pass: where they belong in a cache, and what they read there.
 
+On a GPU consecutive slots of about equal length are read as one batch, and what is behind a slot's end is masked;
+on a CPU every token is read alone (compiled_rows.py).
+
 Shapes: N new tokens of all sequences, one slot's after another's. In a group of slots: B slots, at
 most T new tokens of each, S rows of the cache.
 """
@@ -13,17 +16,14 @@ import torch
 from torch import Tensor
 
 from retro_ray.config import ModelConfig
-from retro_ray.model.attention import attend, product_by_heads
+from retro_ray.model.attention import attend
 from retro_ray.model.cache import rows_to_read
 from retro_ray.model.causal_attention import refusal
 from retro_ray.model.layers import RowRotation, decoder_rotary, rotary_at, row_rotation
 
-_MAX_WASTED_ROWS = {"cpu": 512, "cuda": 32_768}
+_MAX_WASTED_ROWS = 32_768
 """Slots of unequal length are read together if not more rows than these are read in vain: about the
-time that one more group takes, on a GPU by reckoning."""
-LONG_SUM = 1024
-"""oneDNN, which multiplies bf16 matrices on a CPU, adds up more terms than these in another order for one
-row than for several."""
+time that one more group takes, by reckoning."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class PassShape:
     num_first: int
     """Slots that have new tokens."""
     groups: tuple[GroupShape, ...]
+    """Empty: every token is read alone."""
 
     def place(self, config: ModelConfig, numbers_X: Tensor, dtype: torch.dtype) -> NewTokens:
         """A pass over the tokens that `plan_pass` gave these numbers, int64, for; without waiting for a GPU."""
@@ -97,22 +98,9 @@ class SlotGroup:
             q_NHE = places.index_copy_(0, self.places_N, q_NHE)
         q_BHTE = q_NHE.unflatten(0, (num_slots, self.width)).transpose(1, 2)
         k_BGSE, v_BGSE = keys[self.slots, :, :num_rows], values[self.slots, :, :num_rows]
-        attend_by = _attend_on_cpu if keys.device.type == "cpu" else attend
-        read_BHTE = attend_by(q_BHTE, k_BGSE, v_BGSE, refusal_BTS[:, None])
+        read_BHTE = attend(q_BHTE, k_BGSE, v_BGSE, refusal_BTS[:, None])
         read_NX = read_BHTE.transpose(1, 2).flatten(2).flatten(0, 1)
         return read_NX if self.places_N is None else read_NX[self.places_N]
-
-
-def _attend_on_cpu(q_BHTE: Tensor, k_BGSE: Tensor, v_BGSE: Tensor, refusal_B1TS: Tensor) -> Tensor:
-    """`attend` for few queries, each as if it were alone, to the bit: keys are read faster as a product's left side."""
-    num_tokens, num_rows = q_BHTE.shape[2], k_BGSE.shape[2]
-    q_BGXE = (q_BHTE * q_BHTE.shape[-1] ** -0.5).unflatten(1, (k_BGSE.shape[1], -1)).flatten(2, 3)
-    scores_BGXS = (k_BGSE @ q_BGXE.transpose(-1, -2)).transpose(-1, -2)
-    scores_BHTS = scores_BGXS.unflatten(2, (-1, num_tokens)).flatten(1, 2)
-    weights_BHTS = scores_BHTS.add_(refusal_B1TS).softmax(dim=-1)
-    if num_tokens == 1 or num_rows <= LONG_SUM:
-        return product_by_heads(weights_BHTS, v_BGSE)
-    return torch.cat([product_by_heads(one, v_BGSE) for one in weights_BHTS.split(1, dim=2)], dim=2)
 
 
 @dataclass(frozen=True)
@@ -134,15 +122,24 @@ class NewTokens:
         """Self-attention over a cache's keys and values [*, G, *, E], those of the new tokens among
         them: [N, H * E].
         """
+        if not self.groups:
+            return self._read_alone(q_NHE, keys, values, None)
         return _joined([group.read(q_NHE, keys, values, group.refusal_BTS) for group in self.groups])
 
     def read_neighbours(self, q_NHE: Tensor, keys: Tensor, values: Tensor, refusal_BS: Tensor) -> Tensor:
         """What the queries read in those rows of their slots [*, H, S, E] that are not refused: [N, H * E]."""
+        if not self.groups:
+            return self._read_alone(q_NHE, keys, values, refusal_BS)
         return _joined([group.read(q_NHE, keys, values, refusal_BS[group.slots, None]) for group in self.groups])
+
+    def _read_alone(self, q_NHE: Tensor, keys: Tensor, values: Tensor, refusal_BS: Tensor | None) -> Tensor:
+        from retro_ray.model.compiled_rows import read_rows  # Numba, which only CPUs need, takes half a second
+
+        return read_rows(q_NHE, keys, values, self.slots_N, self.positions_N, refusal_BS)
 
 
 def plan_pass(
-    tokens: Sequence[int], lengths: Sequence[int], num_new: Sequence[int], held_rows: int, device_type: str
+    tokens: Sequence[int], lengths: Sequence[int], num_new: Sequence[int], held_rows: int | None
 ) -> tuple[PassShape, list[int]]:
     """Places for new tokens, one in all at least, in a cache.
 
@@ -150,8 +147,7 @@ def plan_pass(
         tokens: of the first slot, then of the second, and so on.
         lengths: that its slots have.
         num_new: how many of the tokens are each slot's.
-        held_rows: that it has for each slot.
-        device_type: what computes.
+        held_rows: that it has for each slot; None: every token is to be read alone.
 
     Returns:
         The shape of the pass, and its numbers.
@@ -160,8 +156,7 @@ def plan_pass(
     positions = [length + t for length, count in zip(lengths, num_new, strict=True) for t in range(count)]
     first_rows = [sum(num_new[:slot]) for slot, count in enumerate(num_new) if count]
     numbers, groups, first_row = [*tokens, *slots, *positions, *first_rows], [], 0
-    max_wasted_rows = _MAX_WASTED_ROWS.get(device_type, _MAX_WASTED_ROWS["cuda"])
-    for members in _grouped_slots(lengths, num_new, max_wasted_rows):
+    for members in () if held_rows is None else _grouped_slots(lengths, num_new):
         counts = [num_new[slot] for slot in members]
         rows, width = range(first_row, first_row + sum(counts)), max(counts)
         longest = max(lengths[slot] + num_new[slot] for slot in members)
@@ -174,7 +169,7 @@ def plan_pass(
     return PassShape(len(num_new), len(slots), len(first_rows), tuple(groups)), numbers
 
 
-def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int], max_wasted_rows: int) -> list[range]:
+def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int]) -> list[range]:
     """Consecutive slots that have new tokens, in groups of about equal length."""
     groups: list[range] = []
     longest = total = 0
@@ -183,7 +178,7 @@ def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int], max_wasted_ro
             continue
         end = lengths[slot] + count
         wasted = max(longest, end) * (len(groups[-1]) + 1) - total - end if groups else 0
-        if groups and groups[-1].stop == slot and wasted <= max_wasted_rows:
+        if groups and groups[-1].stop == slot and wasted <= _MAX_WASTED_ROWS:
             groups[-1] = range(groups[-1].start, slot + 1)
             longest, total = max(longest, end), total + end
         else:

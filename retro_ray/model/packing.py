@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from retro_ray.model.attention import SelfAttention
 from retro_ray.model.int8_product import Int8Product, int8_is_fast
-from retro_ray.model.new_tokens import LONG_SUM
 from retro_ray.model.retro import RetroModel
 
 _EXPECTED_ROWS = 8
 """What the order is chosen for; it serves other numbers of rows almost as well."""
+_LONG_SUM = 1024
+"""oneDNN adds up more terms than these in another order for one row than for several."""
 
 
 class PackedLinear(nn.Module):
@@ -37,7 +38,7 @@ class PackedLinear(nn.Module):
             return self._int8(x) if self._bias is None else self._int8(x).add_(self._bias)
         x = x.to(torch.bfloat16)
         # A single row would be summed in another order than the same row beside others.
-        alone = self.in_features > LONG_SUM and x.numel() == self.in_features
+        alone = self.in_features > _LONG_SUM and x.numel() == self.in_features
         rows = x.reshape(1, -1).expand(2, -1).contiguous() if alone else x
         product = torch.ops.mkldnn._linear_pointwise(rows, self._packed, self._bias, "none", [], "")
         return product[0].view(*x.shape[:-1], -1) if alone else product

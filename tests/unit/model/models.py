@@ -107,10 +107,10 @@ def place_new_tokens(
     config: ModelConfig,
     lengths: list[int],
     num_new: list[int],
-    held_rows: int,
+    held_rows: int | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> NewTokens:
-    """Some new tokens, whichever, of slots of these lengths in a cache that holds so many rows."""
-    shape, numbers = plan_pass([0] * sum(num_new), lengths, num_new, held_rows, device.type)
+    """Some new tokens, whichever, of slots of these lengths in a cache that holds so many rows; None: read alone."""
+    shape, numbers = plan_pass([0] * sum(num_new), lengths, num_new, held_rows)
     return shape.place(config, torch.tensor(numbers, device=device), dtype)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from retro_ray.errors import ConfigError
+from retro_ray.model.causal_attention import refusal
 from tests.unit.model.models import RETRIEVAL, place_new_tokens, random_batch, random_model, small_config
 
 WHERE = torch.device("cpu"), torch.float64
@@ -198,8 +199,8 @@ def test_a_cache_of_shared_heads_of_keys_grows_and_keeps_its_neighbours() -> Non
     torch.testing.assert_close(logits_BV, model(batch.tokens_BT, **batch.retrieval)[:, -1])
 
 
-def test_slots_of_very_different_lengths_are_read_apart() -> None:
-    """Some of them together, one of which pauses, and none as long as the longest."""
+def test_slots_of_very_different_lengths_are_read_to_their_ends() -> None:
+    """One of which pauses."""
     config = small_config(num_chunks=300)
     model = random_model(config)
     lengths = [1, 1100, 3, 5, 2, 6]
@@ -207,11 +208,6 @@ def test_slots_of_very_different_lengths_are_read_apart() -> None:
     cache = model.new_cache(6, 1104)
     model.prefill(batch.tokens_BT[:, :1100], torch.tensor(lengths), cache, *batch.retrieval.values())
     num_new = [1, 1, 2, 0, 1, 1]
-    groups = place_new_tokens(config, lengths, num_new, cache.held_rows, *WHERE).groups
-    assert [range(*group.slots.indices(6)) for group in groups] == [
-        range(0, 1), range(1, 2), range(2, 3), range(4, 6),
-    ]  # fmt: skip
-    assert [group.refusal_BTS.shape[-1] for group in groups] == [64, 1152, 64, 64]
     tokens_N = torch.cat(
         [batch.tokens_BT[b, n : n + new] for b, (n, new) in enumerate(zip(lengths, num_new, strict=True))]
     )
@@ -225,3 +221,24 @@ def test_slots_of_very_different_lengths_are_read_apart() -> None:
             neighbour_mask_BLKR=batch.mask_BLKR[b : b + 1, : end // 4],
         )[0, length:]
         torch.testing.assert_close(of_slots[b], expected_TV)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_slots_in_groups_read_what_each_token_reads_alone(num_kv_heads: int) -> None:
+    """As a GPU reads them and as a CPU does: slots of about equal length together, one of which pauses."""
+    config = small_config(num_heads=4, num_kv_heads=num_kv_heads, head_dim=4, num_chunks=5000)
+    lengths, num_new = [1, 17_000, 3, 5, 2, 6], [1, 1, 2, 0, 1, 3]
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(6, num_kv_heads, 17_024, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    q_NHE = torch.randn(8, 4, 4, generator=generator, dtype=torch.float64)
+    refusal_BS = refusal(torch.rand(6, 64, generator=generator) < 0.3, torch.float64)
+    in_groups = place_new_tokens(config, lengths, num_new, 17_024, *WHERE)
+    alone = place_new_tokens(config, lengths, num_new, None, *WHERE)
+    assert [range(*group.slots.indices(6)) for group in in_groups.groups] == [range(2), range(2, 3), range(4, 6)]
+    assert [group.refusal_BTS.shape[-1] for group in in_groups.groups] == [17_024, 64, 64]
+    assert not alone.groups
+    for read in (
+        lambda new: new.read_past(q_NHE, keys, values),
+        lambda new: new.read_neighbours(q_NHE, keys, values, refusal_BS),
+    ):
+        torch.testing.assert_close(read(alone), read(in_groups))
