@@ -1,89 +1,56 @@
 """Loops over the few rows of new tokens on a CPU, compiled by Numba when they are first called.
 
 A step of decoding is short work on much memory. Keys and values are read here at the speed of memory,
-where a product of one row takes two to three times as long; and what torch does in five operations
-of a few microseconds each takes one. Every row is computed alone and in one order: it gives the same
-to the bit whatever rows are beside it. Numba's loops share the OpenMP threads of torch, and would be in
-their way with threads of their own; where there is no OpenMP for them, they run in one thread.
+where torch's product of one row takes two to three times as long; and what torch does in a dozen
+operations of some microseconds each takes one. Every row is computed alone and in one order: it gives
+the same to the bit whatever rows are beside it.
 
-Types: bfloat16 is uint16 here, and computed with in float32.
+Types: a bfloat16 is a uint16 here, and computed with in float32. "Multiples" are what
+int8_product.py multiplies: rows, float32, in units of a step, float32, of their own.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import numba
 import numpy as np
-import torch
 from numba.core import types
 from numba.extending import overload
-from torch import Tensor
 
 try:
     from numba.np.ufunc import omppool
 
-    _HAS_OPENMP = omppool is not None
+    HAS_OPENMP = omppool is not None
 except ImportError:
-    _HAS_OPENMP = False
+    HAS_OPENMP = False
 
 _LEAST = -1e30
 """Below every score."""
+_LARGEST_MULTIPLE = 127
+_SMALLEST_STEP = 1e-12
+"""So that a row of zeros has one."""
 
 
-def read_rows(
-    q_NHE: Tensor, keys: Tensor, values: Tensor, slots_N: Tensor, positions_N: Tensor, refusal_BS: Tensor | None = None
-) -> Tensor:
-    """Attention of new tokens over what a cache holds for their slots: [N, H * E], of the queries' type.
+def _compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Loops as machine code, kept on the disk for the next process where there is a place for it.
 
-    Args:
-        q_NHE: queries, rotated.
-        keys: [B, G, S, E]; each of the G heads is for H / G consecutive heads of queries.
-        values: [B, G, S, E].
-        slots_N: int64, of the tokens.
-        positions_N: int64; a token reads the rows up to its own.
-        refusal_BS: in place of that: a token reads those of its slot's first rows for which this is 0.
+    Parallel ones share the OpenMP threads of torch, which threads of their own would be in the way of; without OpenMP
+    they run in one thread.
     """
-    precise = torch.promote_types(q_NHE.dtype, torch.float32)
-    read_NHE = torch.empty(q_NHE.shape, dtype=precise)
-    refusal = None if refusal_BS is None else _array(refusal_BS.to(precise))
-    arrays = (_array(tensor) for tensor in (q_NHE.to(precise), keys, values, slots_N, positions_N))
-    _use_threads_of_torch()
-    _attend(*arrays, refusal, _array(read_NHE))
-    return read_NHE.flatten(1).to(q_NHE.dtype)
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """The same memory, if its rows follow each other."""
-    tensor = tensor.contiguous()
-    array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
-
-
-def _use_threads_of_torch() -> None:
-    """As many of them as the calling thread has."""
-    if _HAS_OPENMP:
-        _choose_openmp()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
-
-
-@cache
-def _choose_openmp() -> None:
-    numba.config.THREADING_LAYER = "omp"
-
-
-def _compiled(loops: Callable[..., None]) -> Callable[..., None]:
-    """`loops` as machine code, kept on the disk for the next process where there is a place for it."""
+    options: dict[str, Any] = {"parallel": parallel and HAS_OPENMP, "nogil": True, "error_model": "numpy"}
     # Sums may be taken in the order that is fastest; infinities and NaNs stay what they are.
-    options: dict[str, Any] = {"parallel": _HAS_OPENMP, "nogil": True, "error_model": "numpy"}
     options["fastmath"] = {"reassoc", "contract", "nsz", "arcp"}
-    try:
-        return numba.njit(cache=True, **options)(loops)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written to
-        return numba.njit(**options)(loops)
+
+    def compile_(loops: Callable[..., None]) -> Callable[..., None]:
+        try:
+            return numba.njit(cache=True, **options)(loops)
+        except RuntimeError:  # neither the package's folder nor the user's cache can be written to
+            return numba.njit(**options)(loops)
+
+    return compile_
 
 
 def _wide(x: Any) -> Any:
@@ -102,6 +69,13 @@ def _wide_for(x: Any) -> Callable[[Any], Any]:
     return from_bf16 if x == types.uint16 else same
 
 
+@numba.njit(inline="always")
+def _bf16(x: Any) -> Any:
+    """The nearest bfloat16, of two the even one."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16((np.uint32(bits + np.uint32(0x7FFF)) + np.uint32((bits >> np.uint32(16)) & np.uint32(1))) >> 16)
+
+
 def _exp(x: Any) -> Any:
     """e^x for x <= 0."""
     raise NotImplementedError
@@ -112,62 +86,282 @@ def _exp_for(x: Any) -> Callable[[Any], Any]:
     def by_library(x: Any) -> Any:
         return math.exp(x)
 
-    return _exp32 if x == types.float32 else by_library
+    def by_series(x: Any) -> Any:
+        # 2^t, to 2e-7 of it: unlike a call of the C library, many at once.
+        t = max(x, np.float32(-87)) * np.float32(1.4426950408889634)
+        whole = np.floor(t + np.float32(0.5))
+        f = t - whole
+        power = np.float32(1.5403530e-4)
+        power = power * f + np.float32(1.3333558e-3)
+        power = power * f + np.float32(9.6181291e-3)
+        power = power * f + np.float32(5.5504109e-2)
+        power = power * f + np.float32(0.24022651)
+        power = power * f + np.float32(0.69314718)
+        power = power * f + np.float32(1.0)
+        return power * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+    return by_series if x == types.float32 else by_library
 
 
-def _exp32(x: Any) -> Any:
-    # 2^t, the fraction by its series, to 2e-7 of it: unlike a call of the C library, many at once.
-    t = max(x, np.float32(-87)) * np.float32(1.4426950408889634)
-    whole = np.floor(t + np.float32(0.5))
-    f = t - whole
-    power = np.float32(1.5403530e-4)
-    for factor in (1.3333558e-3, 9.6181291e-3, 5.5504109e-2, 0.24022651, 0.69314718, 1.0):
-        power = power * f + np.float32(factor)
-    return power * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+@numba.njit(inline="always")
+def _read_head(query: Any, key: Any, value: Any, num_rows: Any, refusal: Any, read: Any) -> None:
+    """One head of one token: softmax(q k^T / sqrt(E)) v, over rows of `refusal` that are not negative if it is given."""
+    head_dim = len(query)
+    scale = query.dtype.type(1 / math.sqrt(head_dim))
+    weights = np.empty(num_rows, query.dtype)
+    largest = query.dtype.type(_LEAST)
+    for row in range(num_rows):
+        score = query.dtype.type(0)
+        for e in range(head_dim):
+            score += query[e] * _wide(key[row, e])
+        score *= scale
+        if refusal is not None and refusal[row] < 0:
+            score = query.dtype.type(2 * _LEAST)
+        weights[row] = score
+        largest = max(largest, score)
+    total = query.dtype.type(0)
+    for row in range(num_rows):
+        weight = _exp(weights[row] - largest)
+        if weights[row] < _LEAST:
+            weight = query.dtype.type(0)
+        weights[row] = weight
+        total += weight
+    for e in range(head_dim):
+        read[e] = 0
+    for row in range(num_rows):
+        weight = weights[row] / total
+        for e in range(head_dim):
+            read[e] += weight * _wide(value[row, e])
 
 
-@_compiled
-def _attend(q: Any, keys: Any, values: Any, slots: Any, positions: Any, refusal: Any, out: Any) -> None:
-    """softmax(q k^T / sqrt(E)) v for one token after the other.
+@_compiled(parallel=True)
+def read_past(q: Any, keys: Any, values: Any, slots: Any, positions: Any, read: Any) -> None:
+    """What tokens read in the rows of their slots up to their own positions.
 
     Args:
         q: [N, H, E].
         keys: [B, G, S, E], each of the G heads for H / G consecutive heads of queries.
         values: [B, G, S, E].
         slots: int64 [N], of the tokens among the B.
-        positions: int64 [N]: each token reads the rows up to its own.
-        refusal: [B or fewer, S or fewer], in place of that: it reads those of these rows that are not negative.
-        out: [N, H, E], written.
+        positions: int64 [N].
+        read: [N, H, E], written.
     """
-    num_tokens, num_heads, head_dim = q.shape
-    scale = q.dtype.type(1 / math.sqrt(head_dim))
+    num_tokens, num_heads, _ = q.shape
     for item in numba.prange(num_tokens * num_heads):
         token, head = item // num_heads, item % num_heads
         slot, shared = slots[token], head * keys.shape[1] // num_heads
-        query, read = q[token, head], out[token, head]
-        key, value = keys[slot, shared], values[slot, shared]
-        num_rows = positions[token] + 1 if refusal is None else refusal.shape[1]
-        weights = np.empty(num_rows, q.dtype)
-        largest = q.dtype.type(_LEAST)
-        for row in range(num_rows):
-            score = q.dtype.type(0)
-            for e in range(head_dim):
-                score += query[e] * _wide(key[row, e])
-            score *= scale
-            if refusal is not None and refusal[slot, row] < 0:
-                score = q.dtype.type(2 * _LEAST)
-            weights[row] = score
-            largest = max(largest, score)
-        total = q.dtype.type(0)
-        for row in range(num_rows):
-            weight = _exp(weights[row] - largest)
-            if weights[row] < _LEAST:
-                weight = q.dtype.type(0)
-            weights[row] = weight
-            total += weight
+        num_rows = positions[token] + 1
+        _read_head(q[token, head], keys[slot, shared], values[slot, shared], num_rows, None, read[token, head])
+
+
+@_compiled(parallel=True)
+def read_allowed(q: Any, keys: Any, values: Any, slots: Any, refusal: Any, read: Any) -> None:
+    """What tokens read in those of the first rows of their slots where `refusal`, [B or fewer, S or fewer], is not
+    negative; the rest as `read_past`.
+    """
+    num_tokens, num_heads, _ = q.shape
+    for item in numba.prange(num_tokens * num_heads):
+        token, head = item // num_heads, item % num_heads
+        slot, shared = slots[token], head * keys.shape[1] // num_heads
+        row_refusal = refusal[slot]
+        _read_head(
+            q[token, head], keys[slot, shared], values[slot, shared], len(row_refusal), row_refusal, read[token, head]
+        )
+
+
+@numba.njit(inline="always")
+def _to_multiples(row: Any, multiples: Any) -> Any:
+    """A row in units of the step that is returned."""
+    largest = np.float32(0)
+    for i in range(len(row)):
+        largest = max(largest, abs(row[i]))
+    step = np.float32(_SMALLEST_STEP) + largest * np.float32(1 / _LARGEST_MULTIPLE)
+    for i in range(len(row)):
+        multiples[i] = row[i] / step
+    return step
+
+
+@_compiled(parallel=False)
+def round_rows(x: Any, multiples: Any, steps: Any) -> None:
+    """Rows [N, I] as multiples float32 [N, I] and steps float32 [N], both written."""
+    for token in range(len(x)):
+        for i in range(x.shape[1]):
+            multiples[token, i] = _wide(x[token, i])
+        steps[token] = _to_multiples(multiples[token], multiples[token])
+
+
+@numba.njit(inline="always")
+def _norm(x: Any, gain: Any, eps: Any, normed: Any) -> None:
+    """RMSNorm of one row."""
+    total = np.float32(0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    scale = np.float32(1) / np.sqrt(total / np.float32(len(x)) + np.float32(eps))
+    for i in range(len(x)):
+        normed[i] = x[i] * scale * gain[i]
+
+
+@_compiled(parallel=False)
+def round_normed(x: Any, gain: Any, eps: Any, multiples: Any, steps: Any) -> None:
+    """RMSNorm of rows float32 [N, D] with `gain` float32 [D], as multiples and steps, both written."""
+    for token in range(len(x)):
+        _norm(x[token], gain, eps, multiples[token])
+        steps[token] = _to_multiples(multiples[token], multiples[token])
+
+
+@numba.njit(inline="always")
+def _rotate(x: Any, cos: Any, sin: Any, rotated: Any) -> None:
+    """One head, rotated as layers.RowRotation says."""
+    half = len(x) // 2
+    for e in range(half):
+        first, second = x[e], x[e + half]
+        rotated[e] = first * _wide(cos[e]) + second * _wide(sin[e])
+        rotated[e + half] = second * _wide(cos[e + half]) + first * _wide(sin[e + half])
+
+
+@_compiled(parallel=True)
+def self_attention(
+    projected: Any,
+    steps: Any,
+    bias: Any,
+    query_gain: Any,
+    key_gain: Any,
+    eps: Any,
+    cos: Any,
+    sin: Any,
+    slots: Any,
+    positions: Any,
+    keys: Any,
+    values: Any,
+    read: Any,
+    read_steps: Any,
+) -> None:
+    """Self-attention of new tokens, from their projections, whose keys and values join those of a cache.
+
+    Args:
+        projected: float32 [N, H + 2 G, E], queries, keys and values in units of `steps`; overwritten.
+        steps: float32 [N].
+        bias: float32 [H + 2 G, E] of the projections, or None.
+        query_gain: float32 [E] of a norm of each head's queries, or None.
+        key_gain: the same of its keys.
+        eps: of these norms.
+        cos: [N, 1, E], layers.RowRotation.
+        sin: [N, 1, E].
+        slots: int64 [N].
+        positions: int64 [N].
+        keys: bfloat16 [B, G, S, E], written at the tokens' positions.
+        values: bfloat16 [B, G, S, E], as well.
+        read: float32 [N, H, E], multiples of what is read, written.
+        read_steps: float32 [N], written.
+    """
+    num_tokens, num_projected, head_dim = projected.shape
+    num_shared = keys.shape[1]
+    num_heads = num_projected - 2 * num_shared
+    for item in numba.prange(num_tokens * num_projected):
+        token, head = item // num_projected, item % num_projected
+        slot, position = slots[token], positions[token]
+        x = projected[token, head]
         for e in range(head_dim):
-            read[e] = 0
-        for row in range(num_rows):
-            weight = weights[row] / total
+            x[e] *= steps[token]
+        if bias is not None:
             for e in range(head_dim):
-                read[e] += weight * _wide(value[row, e])
+                x[e] += bias[head, e]
+        if head < num_heads:
+            if query_gain is not None:
+                _norm(x, query_gain, eps, x)
+            _rotate(x, cos[token, 0], sin[token, 0], x)
+        elif head < num_heads + num_shared:
+            if key_gain is not None:
+                _norm(x, key_gain, eps, x)
+            _rotate(x, cos[token, 0], sin[token, 0], x)
+            for e in range(head_dim):
+                keys[slot, head - num_heads, position, e] = _bf16(x[e])
+        else:
+            for e in range(head_dim):
+                values[slot, head - num_heads - num_shared, position, e] = _bf16(x[e])
+    for item in numba.prange(num_tokens * num_heads):
+        token, head = item // num_heads, item % num_heads
+        slot, shared = slots[token], head * num_shared // num_heads
+        _read_head(
+            projected[token, head],
+            keys[slot, shared],
+            values[slot, shared],
+            positions[token] + 1,
+            None,
+            read[token, head],
+        )
+    for token in numba.prange(num_tokens):
+        row = read[token].reshape(-1)
+        read_steps[token] = _to_multiples(row, row)
+
+
+@_compiled(parallel=True)
+def cross_attention(
+    queries: Any,
+    steps: Any,
+    cos: Any,
+    sin: Any,
+    slots: Any,
+    keys: Any,
+    values: Any,
+    refusal: Any,
+    read: Any,
+    read_steps: Any,
+) -> None:
+    """Cross-attention of new tokens to the neighbours that a cache holds for their slots.
+
+    Args:
+        queries: float32 [N, H, E], in units of `steps`; overwritten.
+        refusal: float32 [B or fewer, S or fewer]: of these first rows those that are not negative are read.
+
+    The others as in `self_attention`; nothing is written but what is read.
+    """
+    num_tokens, num_heads, head_dim = queries.shape
+    for item in numba.prange(num_tokens * num_heads):
+        token, head = item // num_heads, item % num_heads
+        slot = slots[token]
+        x = queries[token, head]
+        for e in range(head_dim):
+            x[e] *= steps[token]
+        _rotate(x, cos[token, 0], sin[token, 0], x)
+        row_refusal = refusal[slot]
+        _read_head(x, keys[slot, head], values[slot, head], len(row_refusal), row_refusal, read[token, head])
+    for token in numba.prange(num_tokens):
+        row = read[token].reshape(-1)
+        read_steps[token] = _to_multiples(row, row)
+
+
+@numba.njit(inline="always")
+def _gelu(x: Any) -> Any:
+    """x times the share of a normal distribution below it, to 2e-7: erf by Abramowitz and Stegun 7.1.26."""
+    z = abs(x) * np.float32(0.7071067811865476)
+    t = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * z)
+    p = np.float32(1.061405429)
+    p = p * t + np.float32(-1.453152027)
+    p = p * t + np.float32(1.421413741)
+    p = p * t + np.float32(-0.284496736)
+    p = p * t + np.float32(0.254829592)
+    tail = np.float32(0.5) * p * t * _exp(-z * z)
+    return x * (np.float32(1) - tail if x > 0 else tail)
+
+
+@_compiled(parallel=True)
+def gelu(up: Any, steps: Any, multiples: Any, new_steps: Any) -> None:
+    """GELU of rows float32 [N, F] in units of `steps` [N], as multiples [N, F] and new steps [N], both written."""
+    for token in numba.prange(len(up)):
+        for i in range(up.shape[1]):
+            multiples[token, i] = _gelu(up[token, i] * steps[token])
+        new_steps[token] = _to_multiples(multiples[token], multiples[token])
+
+
+@_compiled(parallel=True)
+def gated_silu(gate_up: Any, steps: Any, multiples: Any, new_steps: Any) -> None:
+    """SiLU of the first half of rows float32 [N, 2 F] times their second half; the rest as `gelu`."""
+    width = gate_up.shape[1] // 2
+    for token in numba.prange(len(gate_up)):
+        for i in range(width):
+            gate = gate_up[token, i] * steps[token]
+            decay = _exp(-abs(gate))
+            share = (np.float32(1) if gate > 0 else decay) / (np.float32(1) + decay)
+            multiples[token, i] = gate * share * (gate_up[token, width + i] * steps[token])
+        new_steps[token] = _to_multiples(multiples[token], multiples[token])

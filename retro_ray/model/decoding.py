@@ -150,7 +150,7 @@ def _up_to_neighbours(
     h_ND = model.embed_tokens(new.tokens_N)
     if model.first_cca_layer is None:
         return new, h_ND
-    for layer in model.layers[: model.first_cca_layer]:
+    for layer in model.layers_for_new_tokens[: model.first_cca_layer]:
         h_ND = layer.self_attention.step(h_ND, new, cache.keys[layer.number - 1], cache.values[layer.number - 1])
         if layer.number < model.first_cca_layer:
             h_ND = layer.feed_forward(h_ND)
@@ -167,7 +167,7 @@ def _from_neighbours_on(model: RetroModel, num_slots: int, new: NewTokens, h_ND:
         rows_N = new.positions_N % model.config.chunk_length
         cache.chunk_hidden[new.slots_N, rows_N] = h_ND.to(cache.chunk_hidden.dtype)
     refusal_BS = cache.refused_rows(num_slots)
-    for layer in model.layers[(model.first_cca_layer or 1) - 1 :]:
+    for layer in model.layers_for_new_tokens[(model.first_cca_layer or 1) - 1 :]:
         number = layer.number
         if number != model.first_cca_layer:
             h_ND = layer.self_attention.step(h_ND, new, cache.keys[number - 1], cache.values[number - 1])

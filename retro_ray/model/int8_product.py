@@ -9,6 +9,7 @@ whatever rows are beside it.
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +34,26 @@ def int8_is_fast() -> bool:
     return has_products and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
 
 
+class Multiples(NamedTuple):
+    """Rows, each in units of a step of its own."""
+
+    of_NI: Tensor
+    """float32, from -127 to 127; not yet whole numbers, or the results of a product with such."""
+    steps_N: Tensor
+    """float32."""
+
+    @classmethod
+    def empty(cls, num_rows: int, width: int) -> Multiples:
+        """To be written."""
+        return cls(torch.empty(num_rows, width), torch.empty(num_rows))
+
+    def added_to(self, h_ND: Tensor) -> Tensor:
+        """`h` and the rows."""
+        return torch.addcmul(h_ND.float(), self.of_NI, self.steps_N[:, None])
+
+
 class Int8Product:
-    """x W^T for rows x [N, I] of any floating-point type, in float32 [N, O].
+    """x W^T for rows x [N, I].
 
     Args:
         weight_OI: W.
@@ -54,10 +73,8 @@ class Int8Product:
             self._packed = torch.ops.quantized.linear_prepack(rounded, None)
         finally:
             torch.backends.quantized.engine = engine
-        self._smallest_step = torch.full((1,), _SMALLEST_STEP)
         self._multiply = getattr(torch.ops.quantized, _PRODUCT)
 
-    def __call__(self, x_NI: Tensor) -> Tensor:
-        steps_N1 = torch.add(self._smallest_step, x_NI.abs().amax(dim=1, keepdim=True), alpha=1 / _LARGEST)
-        # Rounded to integers in there.
-        return self._multiply(x_NI / steps_N1, 1.0, _ZERO_POINT, self._packed).mul_(steps_N1)
+    def of(self, x: Multiples) -> Multiples:
+        """The product, float32 [N, O], in units of the same steps; x is rounded to whole numbers before."""
+        return Multiples(self._multiply(x.of_NI, 1.0, _ZERO_POINT, self._packed), x.steps_N)

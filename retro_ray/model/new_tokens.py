@@ -1,7 +1,7 @@
 """New tokens of many sequences in one pass: where they belong in a cache, and what they read there.
 
 On a GPU consecutive slots of about equal length are read as one batch, and what is behind a slot's end is masked;
-on a CPU every token is read alone (compiled_rows.py).
+on a CPU every token is read alone (row_attention.py).
 
 Shapes: N new tokens of all sequences, one slot's after another's. In a group of slots: B slots, at
 most T new tokens of each, S rows of the cache.
@@ -133,7 +133,7 @@ class NewTokens:
         return _joined([group.read(q_NHE, keys, values, refusal_BS[group.slots, None]) for group in self.groups])
 
     def _read_alone(self, q_NHE: Tensor, keys: Tensor, values: Tensor, refusal_BS: Tensor | None) -> Tensor:
-        from retro_ray.model.compiled_rows import read_rows  # Numba, which only CPUs need, takes half a second
+        from retro_ray.model.row_attention import read_rows  # Numba, which only CPUs need, takes half a second
 
         return read_rows(q_NHE, keys, values, self.slots_N, self.positions_N, refusal_BS)
 
@@ -156,7 +156,7 @@ def plan_pass(
     positions = [length + t for length, count in zip(lengths, num_new, strict=True) for t in range(count)]
     first_rows = [sum(num_new[:slot]) for slot, count in enumerate(num_new) if count]
     numbers, groups, first_row = [*tokens, *slots, *positions, *first_rows], [], 0
-    for members in () if held_rows is None else _grouped_slots(lengths, num_new):
+    for members in _grouped_slots(lengths, num_new) if held_rows is not None else ():
         counts = [num_new[slot] for slot in members]
         rows, width = range(first_row, first_row + sum(counts)), max(counts)
         longest = max(lengths[slot] + num_new[slot] for slot in members)

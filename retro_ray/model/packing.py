@@ -1,7 +1,7 @@
 """Weights in the order in which a CPU's kernels read them, for inference.
 
 As they come, weights are put into that order in every product, which is what most of the time goes
-into when the rows are few, as in decoding. For new tokens they are there in eight bits, too.
+into when the rows are few, as in decoding. For new tokens they are there in eight bits, too (int8_blocks.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from retro_ray.model.attention import SelfAttention
-from retro_ray.model.int8_product import Int8Product, int8_is_fast
+from retro_ray.model.int8_blocks import Int8Decoder
+from retro_ray.model.int8_product import int8_is_fast
 from retro_ray.model.retro import RetroModel
 
 _EXPECTED_ROWS = 8
@@ -20,22 +21,15 @@ _LONG_SUM = 1024
 
 
 class PackedLinear(nn.Module):
-    """A linear layer of weights [out, in] and perhaps a bias [out], in bf16. It cannot be trained, moved or saved.
+    """A linear layer of weights [out, in] and perhaps a bias [out], in bf16. It cannot be trained, moved or saved."""
 
-    With `int8`, rows [N, in], as new tokens are, are multiplied by weights of eight bits, and the result is float32;
-    sequences [B, T, in] by those in bf16.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, int8: bool = False) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self._bias = None if bias is None else bias.detach()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _EXPECTED_ROWS)
-        self._int8 = Int8Product(weight) if int8 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._int8 is not None and x.dim() == 2:
-            return self._int8(x) if self._bias is None else self._int8(x).add_(self._bias)
         x = x.to(torch.bfloat16)
         # A single row would be summed in another order than the same row beside others.
         alone = self.in_features > _LONG_SUM and x.numel() == self.in_features
@@ -58,24 +52,20 @@ def pack_weights(model: RetroModel, int8: bool = False) -> bool:
     has_products = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
     if weight.device.type != "cpu" or weight.dtype != torch.bfloat16 or not has_products:
         return False
-    int8 = int8 and int8_is_fast()
-    model.packed_read_out = PackedLinear(model.read_out_weight, int8=int8)
-    for layer in model.layers:
-        _pack(layer, int8=int8)
-    _pack(model, int8=False)
-    return True
-
-
-def _pack(root: nn.Module, int8: bool) -> None:
-    """All matrices in `root` that are not packed yet."""
-    for module in root.modules():
+    if model.packed_read_out is not None:
+        return False
+    if int8 and int8_is_fast():
+        model.int8 = Int8Decoder(model)
+    model.packed_read_out = PackedLinear(model.read_out_weight)
+    for module in model.modules():
         if isinstance(module, SelfAttention) and module.joint_projection is None:
             projections = module.query, module.key, module.value
             biases: list[Tensor] = [linear.bias for linear in projections if linear.bias is not None]
             weights = torch.cat([linear.weight for linear in projections])
-            module.joint_projection = PackedLinear(weights, torch.cat(biases) if biases else None, int8=int8)
+            module.joint_projection = PackedLinear(weights, torch.cat(biases) if biases else None)
             del module.query, module.key, module.value
-    for module in list(root.modules()):
+    for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias, int8=int8))
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+    return True

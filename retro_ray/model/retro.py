@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,9 @@ from retro_ray.model.encoder import EncodedNeighbours, NeighbourEncoder
 from retro_ray.model.inputs import SequenceInputs, chunks_with_neighbours, sequence_inputs, split_chunks
 from retro_ray.model.pointer import DecoderOutput, NeighbourPointer
 from retro_ray.model.rms_norm import RMSNorm, normalise
+
+if TYPE_CHECKING:
+    from retro_ray.model.int8_blocks import Int8Decoder, Int8Layer
 
 
 def belongs_to_retrieval(weight_name: str) -> bool:
@@ -48,6 +51,8 @@ class RetroModel(nn.Module):
         self.attends_in_blocks = False
         """In training, documents of a sequence are kept apart by FlexAttention, for compiled blocks on a GPU."""
         self.packed_read_out: nn.Module | None = None
+        self.int8: Int8Decoder | None = None
+        """In place of the layers and READ for new tokens."""
         self.token_embedding = self._new_embedding(config.hidden_dim)
         layers = nn.ModuleList(DecoderLayer(config, number) for number in range(1, config.num_layers + 1))
         self.layers = cast("Sequence[DecoderLayer]", layers)  # a ModuleList forgets its modules' type
@@ -115,13 +120,15 @@ class RetroModel(nn.Module):
     def read_out(self, output: DecoderOutput, *, new_tokens: bool = False) -> Tensor:
         """READ: logits [..., V] of an output [...], position by position, so that a loss can take it in slices.
 
-        `new_tokens`: [N], for which weights may be packed in fewer bits than for others.
+        `new_tokens`: [N], for which there may be weights of fewer bits than for others.
         """
-        packed, hidden = self.packed_read_out, output.hidden
-        if packed is None:
-            logits = F.linear(hidden, self.read_out_weight)
+        hidden = output.hidden
+        if new_tokens and self.int8 is not None:
+            logits = self.int8.read_out(hidden)
+        elif self.packed_read_out is not None:
+            logits = self.packed_read_out(hidden)
         else:
-            logits = packed(hidden) if new_tokens else packed(hidden[None])[0]
+            logits = F.linear(hidden, self.read_out_weight)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return logits if output.pointed is None else output.pointed.mixed_with(logits)
 
@@ -129,6 +136,11 @@ class RetroModel(nn.Module):
     def read_out_weight(self) -> Tensor:
         """[V, D]: the token embedding, if tied."""
         return self.token_embedding.weight if self.untied_read_out is None else self.untied_read_out.weight
+
+    @property
+    def layers_for_new_tokens(self) -> Sequence[DecoderLayer] | Sequence[Int8Layer]:
+        """What new tokens pass through."""
+        return self.layers if self.int8 is None else self.int8.layers
 
     def freeze_decoder(self) -> None:
         """RETRO-fitting: from now on encoder and chunked cross-attentions alone are trained, and without
