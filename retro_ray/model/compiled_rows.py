@@ -11,6 +11,7 @@ int8_product.py multiplies: rows, float32, in units of a step, float32, of their
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,13 +21,17 @@ import numpy as np
 from numba.core import types
 from numba.extending import overload
 
-try:
-    from numba.np.ufunc import omppool
 
-    HAS_OPENMP = omppool is not None
-except ImportError:
-    HAS_OPENMP = False
+def _has_openmp() -> bool:
+    try:
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return False
+    return True
 
+
+HAS_OPENMP = _has_openmp()
+"""Whether parallel loops run in threads of OpenMP."""
 _LEAST = -1e30
 """Below every score."""
 _LARGEST_MULTIPLE = 127
@@ -77,7 +82,7 @@ def _bf16(x: Any) -> Any:
 
 
 def _exp(x: Any) -> Any:
-    """e^x for x <= 0."""
+    """Of x <= 0, e^x."""
     raise NotImplementedError
 
 
@@ -105,7 +110,7 @@ def _exp_for(x: Any) -> Callable[[Any], Any]:
 
 @numba.njit(inline="always")
 def _read_head(query: Any, key: Any, value: Any, num_rows: Any, refusal: Any, read: Any) -> None:
-    """One head of one token: softmax(q k^T / sqrt(E)) v, over rows of `refusal` that are not negative if it is given."""
+    """One head of one token: softmax(q k^T / sqrt(E)) v; with `refusal`, over the rows where it is not negative."""
     head_dim = len(query)
     scale = query.dtype.type(1 / math.sqrt(head_dim))
     weights = np.empty(num_rows, query.dtype)
@@ -188,6 +193,27 @@ def round_rows(x: Any, multiples: Any, steps: Any) -> None:
         for i in range(x.shape[1]):
             multiples[token, i] = _wide(x[token, i])
         steps[token] = _to_multiples(multiples[token], multiples[token])
+
+
+@_compiled(parallel=True)
+def round_to_bytes(x: Any, rounded: Any, steps: Any) -> None:
+    """Rows [N, I] as whole multiples, each with 128 added, uint8 [N, I], of steps float32 [N]; both written."""
+    for token in numba.prange(len(x)):
+        largest = np.float32(0)
+        for i in range(x.shape[1]):
+            largest = max(largest, abs(_wide(x[token, i])))
+        step = np.float32(_SMALLEST_STEP) + largest * np.float32(1 / _LARGEST_MULTIPLE)
+        for i in range(x.shape[1]):
+            rounded[token, i] = np.uint8(np.rint(_wide(x[token, i]) / step) + np.float32(128))
+        steps[token] = step
+
+
+@_compiled(parallel=True)
+def scale_rows(x: Any, steps: Any, scaled: Any) -> None:
+    """Rows float32 [N, O] times steps float32 [N], as bfloat16 [N, O], written."""
+    for token in numba.prange(len(x)):
+        for i in range(x.shape[1]):
+            scaled[token, i] = _bf16(x[token, i] * steps[token])
 
 
 @numba.njit(inline="always")
@@ -312,9 +338,15 @@ def cross_attention(
 
     Args:
         queries: float32 [N, H, E], in units of `steps`; overwritten.
+        steps: float32 [N].
+        cos: [N, 1, E], layers.RowRotation.
+        sin: [N, 1, E].
+        slots: int64 [N].
+        keys: bfloat16 [B, H, S, E].
+        values: bfloat16 [B, H, S, E].
         refusal: float32 [B or fewer, S or fewer]: of these first rows those that are not negative are read.
-
-    The others as in `self_attention`; nothing is written but what is read.
+        read: float32 [N, H, E], multiples of what is read, written.
+        read_steps: float32 [N], written.
     """
     num_tokens, num_heads, head_dim = queries.shape
     for item in numba.prange(num_tokens * num_heads):
@@ -333,7 +365,7 @@ def cross_attention(
 
 @numba.njit(inline="always")
 def _gelu(x: Any) -> Any:
-    """x times the share of a normal distribution below it, to 2e-7: erf by Abramowitz and Stegun 7.1.26."""
+    """The product of x and the share of a normal distribution below it; erf by Abramowitz and Stegun 7.1.26."""
     z = abs(x) * np.float32(0.7071067811865476)
     t = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * z)
     p = np.float32(1.061405429)

@@ -21,7 +21,7 @@ from retro_ray.model.pass_graph import PassStages
 from retro_ray.model.pointer import DecoderOutput
 
 if TYPE_CHECKING:
-    from retro_ray.model.retro import RetroModel
+    from retro_ray.model.retro import NeighbourEncoding, RetroModel
 
 
 def read_prompts(
@@ -74,8 +74,8 @@ def _read_together(
     inputs = sequence_inputs(model.config, tokens_BT, h_BTD, neighbours_BLKR, mask_BLKR, None)
     recorder = PromptRecorder(cache, slots_B, lengths_B, model.config.chunk_length)
     output, encoded = model.run_layers(h_BTD, inputs, recorder)
-    if encoded is not None:
-        _store(model, cache, *recorder.newest_chunks(encoded))
+    if encoded is not None and model.encoding is not None:
+        _store(model, model.encoding, cache, *recorder.newest_chunks(encoded))
     cache.write_tokens(slots_B[:, None], torch.arange(tokens_BT.shape[1], device=tokens_BT.device), tokens_BT)
     cache.lengths[slots_B.cpu()] = lengths_B
     return output
@@ -201,7 +201,8 @@ def _exchange_neighbours(
     """In slots that complete a chunk, its neighbours take the place of those of the chunk before."""
     device = cache.chunk_hidden.device
     cache.clear_neighbours(torch.tensor(completed, device=device))
-    if neighbours_BKR is None or neighbours_BKR.numel() == 0 or model.encoder is None:
+    encoding = model.encoding_for_new_tokens
+    if neighbours_BKR is None or neighbours_BKR.numel() == 0 or encoding is None:
         return
     arrived = [slot for slot in completed if arrived_B is None or bool(arrived_B[slot])]
     # One by one on a CPU, as prompts are read, and for the same reason.
@@ -210,11 +211,13 @@ def _exchange_neighbours(
         mask_NKR = None if mask_BKR is None else mask_BKR[slots_N]
         tokens_NKR = neighbours_BKR[slots_N]
         e_NKRD = model.embed_neighbours(tokens_NKR)
-        _store(model, cache, slots_N, model.encoder(tokens_NKR, e_NKRD, mask_NKR, cache.chunk_hidden[slots_N]))
+        encoded = encoding.encoder(tokens_NKR, e_NKRD, mask_NKR, cache.chunk_hidden[slots_N])
+        _store(model, encoding, cache, slots_N, encoded)
 
 
-def _store(model: RetroModel, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours) -> None:
-    cca_layers = ((layer.number, layer.cca) for layer in model.layers if layer.cca is not None)
-    keys_values = {number: cca.encoded_keys_values(encoded) for number, cca in cca_layers}
+def _store(
+    model: RetroModel, encoding: NeighbourEncoding, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours
+) -> None:
+    keys_values = {number: cca.encoded_keys_values(encoded) for number, cca in encoding.ccas.items()}
     pointer_keys = None if model.pointer is None else model.pointer.keys(encoded)
     cache.write_neighbours(slots, encoded, keys_values, pointer_keys)

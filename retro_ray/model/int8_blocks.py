@@ -22,7 +22,7 @@ from retro_ray.model.rms_norm import RMSNorm
 from retro_ray.model.row_attention import as_array, use_threads_of_torch
 
 if TYPE_CHECKING:
-    from retro_ray.model.retro import RetroModel
+    from retro_ray.model.retro import NeighbourEncoding, RetroModel
 
 
 class Int8Norm:
@@ -54,7 +54,7 @@ class Int8SelfAttention:
         self._eps = float(getattr(block.key_norm, "eps", 0.0))
 
     def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor) -> Tensor:
-        """h [N, D], float32, after the block; keys and values [*, G, *, E] join those of a cache."""
+        """The activations [N, D], float32, after the block; keys and values [*, G, *, E] join those of a cache."""
         projected = self._project.of(self._norm(h_ND))
         num_tokens, num_heads = len(h_ND), projected.of_NI.shape[1] // self._head_dim - 2 * keys.shape[1]
         read = Multiples.empty(num_tokens, num_heads * self._head_dim)
@@ -89,7 +89,7 @@ class Int8CrossAttention:
         self._head_dim = block.head_dim
 
     def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor, refusal_BS: Tensor) -> Tensor:
-        """h [N, D], float32, after the block, which reads those rows [*, H, S, E] of a cache that are not refused."""
+        """The activations [N, D], float32, after the block; a cache's rows [*, H, S, E] are read unless refused."""
         queries = self._query.of(self._norm(h_ND))
         read = Multiples.empty(*queries.of_NI.shape)
         (of_queries, steps), (of_read, read_steps) = _arrays(queries), _arrays(read)
@@ -121,7 +121,7 @@ class Int8FeedForward:
         self._inner_dim = block.down.in_features
 
     def __call__(self, h_ND: Tensor) -> Tensor:
-        """h [N, D], float32, after the block."""
+        """The activations [N, D], float32, after the block."""
         inner = Multiples.empty(len(h_ND), self._inner_dim)
         use_threads_of_torch()
         self._activate(*_arrays(self._up.of(self._norm(h_ND))), *_arrays(inner))
@@ -158,6 +158,8 @@ class Int8Decoder:
     def __init__(self, model: RetroModel) -> None:
         self.layers = tuple(Int8Layer(layer) for layer in model.layers)
         self.read_out = Int8ReadOut(model.read_out_weight)
+        self.encoding: NeighbourEncoding | None = None
+        """In place of the model's own for neighbours that come with new tokens."""
 
 
 def _gain(norm: nn.Module) -> Any:

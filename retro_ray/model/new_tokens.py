@@ -9,6 +9,7 @@ most T new tokens of each, S rows of the cache.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -156,7 +157,10 @@ def plan_pass(
     positions = [length + t for length, count in zip(lengths, num_new, strict=True) for t in range(count)]
     first_rows = [sum(num_new[:slot]) for slot, count in enumerate(num_new) if count]
     numbers, groups, first_row = [*tokens, *slots, *positions, *first_rows], [], 0
-    for members in _grouped_slots(lengths, num_new) if held_rows is not None else ():
+    shape = PassShape(len(num_new), len(slots), len(first_rows), ())
+    if held_rows is None:
+        return shape, numbers
+    for members in _grouped_slots(lengths, num_new):
         counts = [num_new[slot] for slot in members]
         rows, width = range(first_row, first_row + sum(counts)), max(counts)
         longest = max(lengths[slot] + num_new[slot] for slot in members)
@@ -166,7 +170,7 @@ def plan_pass(
         numbers += [lengths[slot] + t for slot in members for t in range(width)]
         groups.append(group)
         first_row = rows.stop
-    return PassShape(len(num_new), len(slots), len(first_rows), tuple(groups)), numbers
+    return dataclasses.replace(shape, groups=tuple(groups)), numbers
 
 
 def _grouped_slots(lengths: Sequence[int], num_new: Sequence[int]) -> list[range]:

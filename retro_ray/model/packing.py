@@ -6,13 +6,17 @@ into when the rows are few, as in decoding. For new tokens they are there in eig
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from retro_ray.model.attention import SelfAttention
 from retro_ray.model.int8_blocks import Int8Decoder
+from retro_ray.model.int8_linear import Int8Linear
 from retro_ray.model.int8_product import int8_is_fast
-from retro_ray.model.retro import RetroModel
+from retro_ray.model.retro import NeighbourEncoding, RetroModel
 
 _EXPECTED_ROWS = 8
 """What the order is chosen for; it serves other numbers of rows almost as well."""
@@ -41,8 +45,8 @@ class PackedLinear(nn.Module):
 def pack_weights(model: RetroModel, int8: bool = False) -> bool:
     """Pack all of a model's matrices, which from then on computes and no more: no training, no saving.
 
-    With `int8`, and where a CPU is fast with them, new tokens are read with weights of eight bits. Prompts are not, nor
-    neighbours: what texts are scored by are the weights as they are.
+    With `int8`, and where a CPU is fast with them, new tokens and the neighbours that come with them are read with
+    weights of eight bits. Prompts are not, nor their neighbours: what texts are scored by are the weights as they are.
 
     Returns:
         Whether it was done: only on a CPU with bf16 products, for a model in bf16, and once.
@@ -56,16 +60,34 @@ def pack_weights(model: RetroModel, int8: bool = False) -> bool:
         return False
     if int8 and int8_is_fast():
         model.int8 = Int8Decoder(model)
+        if not capabilities.get("amx_bf16"):  # which is as fast
+            model.int8.encoding = _encoding_in_int8(model.encoding)
     model.packed_read_out = PackedLinear(model.read_out_weight)
-    for module in model.modules():
+    _pack(model, PackedLinear)
+    return True
+
+
+def _encoding_in_int8(encoding: NeighbourEncoding | None) -> NeighbourEncoding | None:
+    if encoding is None:
+        return None
+    copied = copy.deepcopy(encoding)
+    for cca in copied.ccas.values():
+        del cca.query, cca.out
+    for part in (copied.encoder, *copied.ccas.values()):
+        _pack(part, Int8Linear)
+    return copied
+
+
+def _pack(root: nn.Module, packed: Callable[[Tensor, Tensor | None], nn.Module]) -> None:
+    """All matrices in `root`."""
+    for module in root.modules():
         if isinstance(module, SelfAttention) and module.joint_projection is None:
             projections = module.query, module.key, module.value
             biases: list[Tensor] = [linear.bias for linear in projections if linear.bias is not None]
             weights = torch.cat([linear.weight for linear in projections])
-            module.joint_projection = PackedLinear(weights, torch.cat(biases) if biases else None)
+            module.joint_projection = packed(weights, torch.cat(biases) if biases else None)
             del module.query, module.key, module.value
-    for module in list(model.modules()):
+    for module in list(root.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
-    return True
+                setattr(module, name, packed(child.weight, child.bias))

@@ -7,7 +7,7 @@ R = 2M neighbour length, D width, V vocabulary. N = B * L, all the chunks of a b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
@@ -33,6 +33,15 @@ if TYPE_CHECKING:
 def belongs_to_retrieval(weight_name: str) -> bool:
     """Whether a weight of a `RetroModel` has no part in it without neighbours."""
     return weight_name.startswith(("encoder.", "neighbour_embedding.", "pointer.")) or ".cca." in weight_name
+
+
+@dataclasses.dataclass(frozen=True)
+class NeighbourEncoding:
+    """What takes neighbours to the keys and values that new tokens read."""
+
+    encoder: NeighbourEncoder
+    ccas: Mapping[int, ChunkedCrossAttention]
+    """By the number of the layer."""
 
 
 class RetroModel(nn.Module):
@@ -141,6 +150,17 @@ class RetroModel(nn.Module):
     def layers_for_new_tokens(self) -> Sequence[DecoderLayer] | Sequence[Int8Layer]:
         """What new tokens pass through."""
         return self.layers if self.int8 is None else self.int8.layers
+
+    @property
+    def encoding(self) -> NeighbourEncoding | None:
+        """None where the model ignores neighbours."""
+        ccas = {layer.number: layer.cca for layer in self.layers if layer.cca is not None}
+        return None if self.encoder is None else NeighbourEncoding(self.encoder, ccas)
+
+    @property
+    def encoding_for_new_tokens(self) -> NeighbourEncoding | None:
+        """Of neighbours that come with new tokens."""
+        return self.encoding if self.int8 is None or self.int8.encoding is None else self.int8.encoding
 
     def freeze_decoder(self) -> None:
         """RETRO-fitting: from now on encoder and chunked cross-attentions alone are trained, and without

@@ -7,6 +7,8 @@ from functools import cache
 import numba
 import numpy as np
 import torch
+from numba.core import config
+from numba.np.ufunc.parallel import get_thread_count
 from torch import Tensor
 
 from retro_ray.model import compiled_rows
@@ -47,9 +49,9 @@ def use_threads_of_torch() -> None:
     """Parallel loops that this thread calls take as many threads as torch's operations do."""
     if compiled_rows.HAS_OPENMP:
         _choose_openmp()
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        numba.set_num_threads(min(torch.get_num_threads(), get_thread_count()))
 
 
 @cache
 def _choose_openmp() -> None:
-    numba.config.THREADING_LAYER = "omp"
+    config.THREADING_LAYER = "omp"  # pyright: ignore[reportAttributeAccessIssue]

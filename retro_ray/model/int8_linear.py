@@ -1,0 +1,49 @@
+"""Linear layers with weights of eight bits, for neighbours: hundreds of rows on a CPU, in half the time of bf16.
+
+For so many rows oneDNN is faster than what int8_product.py has for few. Its sums are of integers, too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from retro_ray.model import compiled_rows
+from retro_ray.model.row_attention import as_array, use_threads_of_torch
+
+_LARGEST = 127
+_SMALLEST_STEP = 1e-12
+_ZERO_POINT = 128
+"""oneDNN's fast products take unsigned rows: this is their zero."""
+_EXPECTED_ROWS = 256
+
+
+class Int8Linear(nn.Module):
+    """A linear layer of weights [out, in], and perhaps a bias [out], for rows in bf16. It cannot be trained, moved or
+    saved.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        weight = weight.detach().float()
+        self.out_features, self.in_features = weight.shape
+        self._bias = None if bias is None else bias.detach()
+        self._steps_O = weight.abs().amax(dim=1).div_(_LARGEST).clamp_min_(_SMALLEST_STEP)
+        rounded = torch.round(weight / self._steps_O[:, None]).to(torch.int8)
+        self._packed = torch.ops.onednn.qlinear_prepack(rounded, [_EXPECTED_ROWS, self.in_features])
+        self._zeros_O = torch.zeros(self.out_features, dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """For x [..., in]: x W^T, bf16 [..., out]."""
+        x_NI = x.reshape(-1, self.in_features)
+        rounded_NI, steps_N = torch.empty(x_NI.shape, dtype=torch.uint8), torch.empty(len(x_NI))
+        use_threads_of_torch()
+        compiled_rows.round_to_bytes(as_array(x_NI), as_array(rounded_NI), as_array(steps_N))
+        product_NO = torch.ops.onednn.qlinear_pointwise(
+            *(rounded_NI, 1.0, _ZERO_POINT, self._packed, self._steps_O, self._zeros_O, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+        y_NO = torch.empty(product_NO.shape, dtype=torch.bfloat16)
+        compiled_rows.scale_rows(as_array(product_NO), as_array(steps_N), as_array(y_NO))
+        y = y_NO.view(*x.shape[:-1], -1)
+        return y if self._bias is None else y.add_(self._bias)
