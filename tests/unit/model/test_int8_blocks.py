@@ -25,7 +25,7 @@ BLOCKS = pytest.mark.parametrize(
     ],
     ids=["ours", "shared heads", "normed heads", "biases", "swiglu", "llama"],
 )
-MOST_ERROR = 1e-2
+MOST_ERROR = 2e-2
 """Of what a block adds, in its norm: keys, values and rotations are in bf16, and then a row is rounded otherwise."""
 
 
