@@ -1,5 +1,6 @@
 """Compiled loops, beside the same computed by torch in float64."""
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -111,3 +112,14 @@ def test_bf16_is_rounded_as_torch_does() -> None:
     scaled = torch.empty(x_NO.shape, dtype=torch.bfloat16)
     compiled_rows.scale_rows(as_array(x_NO), as_array(torch.ones(1)), as_array(scaled))
     assert torch.equal(scaled, x_NO.bfloat16())
+
+
+def test_loops_are_compiled_where_no_place_can_keep_them() -> None:
+    """As in a container whose files belong to somebody else: Numba has no file here to put its code beside."""
+    names: dict = {}
+    exec("def double(x):\n    for i in range(len(x)):\n        x[i] *= 2\n", names)
+    with pytest.raises(RuntimeError, match="cannot cache"):
+        numba.njit(cache=True)(names["double"])
+    x = np.ones(3)
+    compiled_rows._compiled(parallel=False)(names["double"])(x)
+    assert x.tolist() == [2, 2, 2]
