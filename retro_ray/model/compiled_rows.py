@@ -34,8 +34,8 @@ HAS_OPENMP = _has_openmp()
 """Whether parallel loops run in threads of OpenMP."""
 _LEAST = -1e30
 """Below every score."""
-_LARGEST_MULTIPLE = 127
-_SMALLEST_STEP = 1e-12
+LARGEST_MULTIPLE = 127
+SMALLEST_STEP = 1e-12
 """So that a row of zeros has one."""
 
 
@@ -180,7 +180,7 @@ def _to_multiples(row: Any, multiples: Any) -> Any:
     largest = np.float32(0)
     for i in range(len(row)):
         largest = max(largest, abs(row[i]))
-    step = np.float32(_SMALLEST_STEP) + largest * np.float32(1 / _LARGEST_MULTIPLE)
+    step = np.float32(SMALLEST_STEP) + largest * np.float32(1 / LARGEST_MULTIPLE)
     for i in range(len(row)):
         multiples[i] = row[i] / step
     return step
@@ -202,7 +202,7 @@ def round_to_bytes(x: Any, rounded: Any, steps: Any) -> None:
         largest = np.float32(0)
         for i in range(x.shape[1]):
             largest = max(largest, abs(_wide(x[token, i])))
-        step = np.float32(_SMALLEST_STEP) + largest * np.float32(1 / _LARGEST_MULTIPLE)
+        step = np.float32(SMALLEST_STEP) + largest * np.float32(1 / LARGEST_MULTIPLE)
         for i in range(x.shape[1]):
             rounded[token, i] = np.uint8(np.rint(_wide(x[token, i]) / step) + np.float32(128))
         steps[token] = step

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from retro_ray.model import compiled_rows
+from retro_ray.model.int8_product import ZERO_POINT, weight_steps
 from retro_ray.model.row_attention import as_array, use_threads_of_torch
 
-_LARGEST = 127
-_SMALLEST_STEP = 1e-12
-_ZERO_POINT = 128
-"""oneDNN's fast products take unsigned rows: this is their zero."""
 _EXPECTED_ROWS = 256
 
 
@@ -28,7 +25,7 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         self.out_features, self.in_features = weight.shape
         self._bias = None if bias is None else bias.detach()
-        self._steps_O = weight.abs().amax(dim=1).div_(_LARGEST).clamp_min_(_SMALLEST_STEP)
+        self._steps_O = weight_steps(weight)
         rounded = torch.round(weight / self._steps_O[:, None]).to(torch.int8)
         self._packed = torch.ops.onednn.qlinear_prepack(rounded, [_EXPECTED_ROWS, self.in_features])
         self._zeros_O = torch.zeros(self.out_features, dtype=torch.int64)
@@ -40,7 +37,7 @@ class Int8Linear(nn.Module):
         use_threads_of_torch()
         compiled_rows.round_to_bytes(as_array(x_NI), as_array(rounded_NI), as_array(steps_N))
         product_NO = torch.ops.onednn.qlinear_pointwise(
-            *(rounded_NI, 1.0, _ZERO_POINT, self._packed, self._steps_O, self._zeros_O, None),
+            *(rounded_NI, 1.0, ZERO_POINT, self._packed, self._steps_O, self._zeros_O, None),
             *(1.0, 0, torch.float32, "none", [], ""),
         )
         y_NO = torch.empty(product_NO.shape, dtype=torch.bfloat16)

@@ -14,12 +14,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_LARGEST = 127
-_ZERO_POINT = 128
-"""FBGEMM takes unsigned rows: this is its zero."""
+from retro_ray.model.compiled_rows import LARGEST_MULTIPLE, SMALLEST_STEP
+
+ZERO_POINT = 128
+"""The fast kernels take unsigned rows: this is their zero."""
 _PRODUCT = "linear_with_input_q_dq_qweight_dq_output_fp32"
-_SMALLEST_STEP = 1e-12
-"""So that a row of zeros has one."""
 
 
 def int8_is_fast() -> bool:
@@ -32,6 +31,11 @@ def int8_is_fast() -> bool:
         and hasattr(torch.ops.quantized, _PRODUCT)
     )
     return has_products and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
+
+
+def weight_steps(weight_OI: Tensor) -> Tensor:
+    """Of float32 weights, the step of each row: [O]."""
+    return weight_OI.abs().amax(dim=1).div_(LARGEST_MULTIPLE).clamp_min_(SMALLEST_STEP)
 
 
 class Multiples(NamedTuple):
@@ -61,7 +65,7 @@ class Int8Product:
 
     def __init__(self, weight_OI: Tensor) -> None:
         weight_OI = weight_OI.detach().float()
-        steps_O = weight_OI.abs().amax(dim=1).div_(_LARGEST).clamp_min_(_SMALLEST_STEP)
+        steps_O = weight_steps(weight_OI)
         zeros_O = torch.zeros(len(steps_O), dtype=torch.int64)
         engine = torch.backends.quantized.engine
         with warnings.catch_warnings():
@@ -77,4 +81,4 @@ class Int8Product:
 
     def of(self, x: Multiples) -> Multiples:
         """The product, float32 [N, O], in units of the same steps; x is rounded to whole numbers before."""
-        return Multiples(self._multiply(x.of_NI, 1.0, _ZERO_POINT, self._packed), x.steps_N)
+        return Multiples(self._multiply(x.of_NI, 1.0, ZERO_POINT, self._packed), x.steps_N)

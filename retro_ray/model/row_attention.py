@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import numba
@@ -12,6 +13,8 @@ from numba.np.ufunc.parallel import get_thread_count
 from torch import Tensor
 
 from retro_ray.model import compiled_rows
+
+logger = logging.getLogger(__name__)
 
 
 def read_rows(
@@ -47,11 +50,18 @@ def as_array(tensor: Tensor) -> np.ndarray:
 
 def use_threads_of_torch() -> None:
     """Parallel loops that this thread calls take as many threads as torch's operations do."""
-    if compiled_rows.HAS_OPENMP:
-        _choose_openmp()
+    if _have_openmp():
         numba.set_num_threads(min(torch.get_num_threads(), get_thread_count()))
 
 
 @cache
-def _choose_openmp() -> None:
-    config.THREADING_LAYER = "omp"  # pyright: ignore[reportAttributeAccessIssue]
+def _have_openmp() -> bool:
+    """Asked for once, before any loop runs."""
+    if compiled_rows.HAS_OPENMP:
+        config.THREADING_LAYER = "omp"  # pyright: ignore[reportAttributeAccessIssue]
+    elif torch.get_num_threads() > 1:
+        logger.warning(
+            "Numba finds no OpenMP here, so new tokens read their keys and values with one thread: install libgomp1 "
+            "(Debian, Ubuntu), libgomp (Fedora, RHEL) or libomp (macOS)"
+        )
+    return compiled_rows.HAS_OPENMP
