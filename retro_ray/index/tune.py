@@ -174,7 +174,7 @@ def choose_family(
 
     def try_family(factory: str) -> None:
         index = FilledIndex.fill(factory, keys, num_parts)
-        fastest = best_point([point for _, of_index in swept for point in of_index], target_recall)
+        fastest = best_point(affordable(), target_recall)
         points = sweep(index, trial, target_recall, 0.0 if fastest is None else _HOPELESS * fastest.queries_per_s)
         swept.append((index, points))
         best = best_point(points, target_recall)
