@@ -4,17 +4,20 @@ import threading
 from collections.abc import Iterator
 
 import faiss
+import numba
 import numpy as np
 import pytest
 import torch
+from numba.np.ufunc.parallel import get_thread_count
 
 from retro_ray.embedding import ChunkEmbedder
 from retro_ray.index.shard import IndexShard
+from retro_ray.model.row_attention import read_rows
 from retro_ray.openmp import computing_alone
 from retro_ray.retrieval.local import LocalRetriever
 from tests.unit import test_embedding
 from tests.unit.index import test_shard
-from tests.unit.model import test_information_flow
+from tests.unit.model import test_compiled_rows, test_information_flow
 from tests.unit.retrieval.homes import write_home
 
 NUM_THREADS = 2
@@ -96,3 +99,24 @@ def test_batches_of_queries_have_neighbours_that_no_number_of_threads_changes(tm
     np.testing.assert_array_equal(found[1], expected[1])
     assert threads
     assert all(name.startswith("retro-ray-asking") and num_threads == 1 for name, num_threads in threads)
+
+
+test_a_token_reads_what_a_softmax_over_its_rows_gives = (
+    test_compiled_rows.test_a_token_reads_what_a_softmax_over_its_rows_gives
+)
+
+
+def test_a_token_reads_the_same_to_the_bit_with_any_number_of_threads() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(3, 8, 200, 64, generator=generator).bfloat16() for _ in range(2))
+    q_NHE = torch.randn(3, 8, 64, generator=generator)
+    where = torch.arange(3), torch.tensor([199, 3, 120])
+    with_several = read_rows(q_NHE, keys, values, *where)
+    assert numba.get_num_threads() == min(NUM_THREADS, get_thread_count())
+    torch.set_num_threads(1)
+    try:
+        alone = read_rows(q_NHE, keys, values, *where)
+    finally:
+        torch.set_num_threads(NUM_THREADS)
+    assert numba.get_num_threads() == 1
+    assert torch.equal(with_several, alone)

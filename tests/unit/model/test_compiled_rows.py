@@ -59,21 +59,6 @@ def test_a_token_reads_what_a_softmax_over_its_rows_gives(
                 )
 
 
-def test_a_token_reads_the_same_to_the_bit_with_any_number_of_threads() -> None:
-    generator = torch.Generator().manual_seed(0)
-    keys, values = (torch.randn(3, 8, 200, 64, generator=generator).bfloat16() for _ in range(2))
-    q_NHE = torch.randn(3, 8, 64, generator=generator)
-    where = torch.arange(3), torch.tensor([199, 3, 120])
-    several, found = torch.get_num_threads(), []
-    try:
-        for num_threads in (1, several):
-            torch.set_num_threads(num_threads)
-            found.append(read_rows(q_NHE, keys, values, *where))
-    finally:
-        torch.set_num_threads(several)
-    assert torch.equal(*found)
-
-
 @pytest.mark.parametrize("is_gated", [False, True], ids=["gelu", "swiglu"])
 def test_activations_are_those_of_torch(is_gated: bool) -> None:
     """From where both tails are zero, over zero, to where they are not."""
