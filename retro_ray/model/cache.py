@@ -28,8 +28,8 @@ def whole_blocks(num_rows: int) -> int:
 
 
 def rows_to_read(num_rows: int, held_rows: int) -> int:
-    """How many of the held rows to read for the first `num_rows`: all, unless they are far more. A CPU copies a part
-    of them first, which takes twice as long as reading it.
+    """How many of the held rows to read for the first `num_rows`: all, unless they are far more. So passes differ less
+    in shape, and a part of the rows, which products copy first, is seldom read.
     """
     return held_rows if num_rows <= held_rows <= 3 * num_rows else whole_blocks(num_rows)
 
