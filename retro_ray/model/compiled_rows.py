@@ -59,7 +59,7 @@ def _compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[...
 
 
 def _wide(x: Any) -> Any:
-    """A number as it is computed with."""
+    """A number as it is computed with. Numba compiles the overload below in its place."""
     raise NotImplementedError
 
 
@@ -82,7 +82,7 @@ def _bf16(x: Any) -> Any:
 
 
 def _exp(x: Any) -> Any:
-    """Of x <= 0, e^x."""
+    """Of x <= 0, e^x; as `_wide`."""
     raise NotImplementedError
 
 

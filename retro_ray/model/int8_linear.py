@@ -32,7 +32,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """For x [..., in]: x W^T, bf16 [..., out]."""
-        x_NI = x.reshape(-1, self.in_features)
+        x_NI = x.reshape(-1, self.in_features).contiguous()
         rounded_NI, steps_N = torch.empty(x_NI.shape, dtype=torch.uint8), torch.empty(len(x_NI))
         use_threads_of_torch()
         compiled_rows.round_to_bytes(as_array(x_NI), as_array(rounded_NI), as_array(steps_N))

@@ -32,7 +32,7 @@ def read_rows(
     """
     precise = torch.promote_types(q_NHE.dtype, torch.float32)
     read_NHE = torch.empty(q_NHE.shape, dtype=precise)
-    cached = as_array(q_NHE.to(precise)), as_array(keys), as_array(values), as_array(slots_N)
+    cached = as_array(q_NHE.to(precise).contiguous()), as_array(keys), as_array(values), as_array(slots_N)
     use_threads_of_torch()
     if refusal_BS is None:
         compiled_rows.read_past(*cached, as_array(positions_N), as_array(read_NHE))
@@ -42,8 +42,7 @@ def read_rows(
 
 
 def as_array(tensor: Tensor) -> np.ndarray:
-    """The same memory, if its elements follow each other; bfloat16 as uint16."""
-    tensor = tensor.contiguous()
+    """The same memory; bfloat16 as uint16. Loops are compiled anew for elements that do not follow each other."""
     array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
     return array
 

@@ -6,9 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retro_ray.model import compiled_rows
-from retro_ray.model.int8_product import Int8Product, Multiples, int8_is_fast
-from retro_ray.model.row_attention import as_array
+from retro_ray.model.int8_blocks import Int8ReadOut
+from retro_ray.model.int8_product import int8_is_fast
 
 pytestmark = pytest.mark.skipif(not int8_is_fast(), reason="this CPU adds up products of eight bits in 16")
 
@@ -17,14 +16,6 @@ def rounded(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Multiples, int64, of a 127th of each row's largest component, and that."""
     steps = np.abs(x).max(axis=1, keepdims=True) / 127
     return np.rint(np.divide(x, steps, out=np.zeros_like(x), where=steps > 0)).astype(np.int64), steps
-
-
-def product(weight_OI: torch.Tensor, x_NI: torch.Tensor) -> torch.Tensor:
-    """x W^T in eight bits, [N, O]."""
-    x = Multiples.empty(*x_NI.shape)
-    compiled_rows.round_rows(as_array(x_NI), as_array(x.of_NI), as_array(x.steps_N))
-    found = Int8Product(weight_OI).of(x)
-    return found.added_to(torch.zeros(len(x_NI), len(weight_OI)))
 
 
 @given(
@@ -44,13 +35,13 @@ def test_it_is_the_sum_of_integers(num_rows: int, num_in: int, num_out: int, dty
     x = (x * 2.0 ** torch.randint(-8, 8, (num_rows, 1), generator=generator)).to(dtype)
     multiples, steps = rounded(x.double().numpy())
     expected = (multiples @ weight.long().numpy().T) * steps
-    torch.testing.assert_close(product(weight, x).double(), torch.from_numpy(expected), rtol=1e-6, atol=0)
+    torch.testing.assert_close(Int8ReadOut(weight)(x).double(), torch.from_numpy(expected), rtol=1e-6, atol=0)
 
 
 def test_it_is_close_to_the_product() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(*shape, generator=generator) for shape in ((8, 896), (512, 896)))
-    error = product(weight, x) - x @ weight.T
+    error = Int8ReadOut(weight)(x) - x @ weight.T
     assert error.square().mean().sqrt() < 0.02 * 896**0.5
 
 
@@ -60,4 +51,4 @@ def test_rows_of_zeros_stay_zero() -> None:
     weight[1] = 0
     x = torch.ones(2, 8)
     x[0] = 0
-    torch.testing.assert_close(product(weight, x), torch.tensor([[0.0, 0, 0], [8, 0, 8]]))
+    torch.testing.assert_close(Int8ReadOut(weight)(x), torch.tensor([[0.0, 0, 0], [8, 0, 8]]))
