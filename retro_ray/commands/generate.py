@@ -50,7 +50,7 @@ class Generate:
     """Tokens guessed at most from what was retrieved, and then read in one pass; 0: none. Changes no answer."""
     int8: bool = True
     """On a CPU that is fast with them, read new tokens, and the neighbours that come with them, with weights of eight
-    bits. Costs less than 0.1 % more bits per byte where that was measured."""
+    bits, and hold keys and values in as many. Costs less than 0.1 % more bits per byte where that was measured."""
     json: bool = False
     """Print one JSON object, at the end."""
 

@@ -16,6 +16,7 @@ from retro_ray.model.layers import Rotary, RowRotation, residual_scale, rotate, 
 from retro_ray.model.rms_norm import RMSNorm, has_many_rows_on_cpu
 
 if TYPE_CHECKING:
+    from retro_ray.model.cached_rows import CachedRows
     from retro_ray.model.new_tokens import NewTokens
 
 # On a CPU two matrix products around a softmax beat the fused kernel: forward and backward in bfloat16
@@ -186,12 +187,12 @@ class SelfAttention(nn.Module):
             k_BGSE, v_BGSE = remember(k_BGSE, v_BGSE)
         return h_BTD + self.out(join_heads(attend(q_BHTE, k_BGSE, v_BGSE, mask, causal)))
 
-    def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor) -> Tensor:
-        """The same for new tokens, whose keys and values join those of a cache [*, G, *, E]."""
+    def step(self, h_ND: Tensor, new: NewTokens, keys: CachedRows, values: CachedRows) -> Tensor:
+        """The same for new tokens, whose keys and values join those of a cache."""
         q_NHE, k_NGE, v_NGE = self._project_rotated(self.norm(h_ND), new.rotation)
-        keys[new.slots_N, :, new.positions_N] = k_NGE.to(keys.dtype)
-        values[new.slots_N, :, new.positions_N] = v_NGE.to(values.dtype)
-        return h_ND + self.out(new.read_past(q_NHE, keys, values))
+        keys.of[new.slots_N, :, new.positions_N] = k_NGE.to(keys.of.dtype)
+        values.of[new.slots_N, :, new.positions_N] = v_NGE.to(values.of.dtype)
+        return h_ND + self.out(new.read_past(q_NHE, keys.of, values.of))
 
     def _project_rotated(self, x_ND: Tensor, rotation: RowRotation) -> tuple[Tensor, Tensor, Tensor]:
         """`project`, with queries and keys rotated."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
 from retro_ray.model.attention import KeysValues, open_empty_rows
+from retro_ray.model.cached_rows import CachedRows, resized
 from retro_ray.model.causal_attention import refusal
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.ngrams import NO_TOKEN
@@ -43,6 +44,7 @@ class DecodeCache:
     values, so that CCA reads zero from it.
 
     Keys and values of self-attention take memory for the slots and tokens in use, and grow with them.
+    With `rows_dtype` int8, they and those of neighbours are held in eight bits; the default is `dtype`.
     """
 
     records_passes = True
@@ -56,21 +58,26 @@ class DecodeCache:
         num_neighbours: int,
         device: torch.device,
         dtype: torch.dtype,
+        rows_dtype: torch.dtype | None = None,
     ) -> None:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(batch_size, *shape, device=device, dtype=dtype)
 
-        heads, head_dim = config.num_heads, config.head_dim
         self._config = config
         self.max_tokens = max_tokens
         self.num_neighbours = num_neighbours
         # On the CPU, because lengths steer the decoding and reading them must not wait for a GPU.
         self.lengths = torch.zeros(batch_size, dtype=torch.int64)
-        nothing = torch.zeros(0, config.kv_heads, 0, head_dim, device=device, dtype=dtype)
-        self.keys = [nothing] * config.num_layers
-        self.values = [nothing] * config.num_layers
-        self.cca_keys = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
-        self.cca_values = {layer: zeros(heads, self.num_cca_rows, head_dim) for layer in config.cca_layers}
+
+        def rows(num_slots: int, num_heads: int, num_rows: int) -> CachedRows:
+            shape = num_slots, num_heads, num_rows, config.head_dim
+            return CachedRows.zeros(*shape, device=device, dtype=rows_dtype or dtype)
+
+        self.keys = [rows(0, config.kv_heads, 0)] * config.num_layers
+        self.values = [rows(0, config.kv_heads, 0)] * config.num_layers
+        of_neighbours = batch_size, config.num_heads, self.num_cca_rows
+        self.cca_keys = {layer: rows(*of_neighbours) for layer in config.cca_layers}
+        self.cca_values = {layer: rows(*of_neighbours) for layer in config.cca_layers}
         self.cca_mask = torch.zeros(batch_size, self.num_cca_rows, device=device, dtype=torch.bool)
         # Of the pointer, if the model has one.
         has_pointer = config.pointer and bool(config.cca_layers)
@@ -97,6 +104,11 @@ class DecodeCache:
         return len(self.lengths)
 
     @property
+    def held_slots(self) -> int:
+        """Slots that there are keys and values for at the moment."""
+        return self.keys[0].shape[0]
+
+    @property
     def held_rows(self) -> int:
         """Tokens per slot that there are keys and values for at the moment."""
         return self.keys[0].shape[2]
@@ -110,7 +122,7 @@ class DecodeCache:
 
     def make_room(self, num_slots: int, num_tokens: int) -> None:
         """Let the first slots have room for the keys and values of so many tokens; no slot loses any."""
-        held_slots = len(self.keys[0])
+        held_slots = self.held_slots
         if num_slots > held_slots or num_tokens > self.held_rows:
             if self.pass_graphs is not None:  # which are forgotten with every step of growth
                 num_tokens = min(1 << (num_tokens - 1).bit_length(), self.max_tokens)
@@ -119,7 +131,7 @@ class DecodeCache:
     def give_back(self, num_tokens: int) -> None:
         """Keep no more rows than for so many tokens in a slot, if that is less than half of them."""
         if self.held_rows > 2 * whole_blocks(num_tokens):
-            self._hold(len(self.keys[0]), whole_blocks(num_tokens))
+            self._hold(self.held_slots, whole_blocks(num_tokens))
 
     def _hold(self, num_slots: int, num_rows: int) -> None:
         """Keys and values of self-attention for so many slots and tokens. Tensor by tensor, so that old and new are
@@ -129,14 +141,16 @@ class DecodeCache:
             self.pass_graphs.clear()
         for store in (self.keys, self.values):
             for number, old in enumerate(store):
-                store[number] = _resized(old, num_slots, old.shape[1], num_rows, old.shape[3])
+                store[number] = old.resized(num_slots, num_rows)
 
     def move(self, source: int, target: int) -> None:
         """Copy slot `source` over slot `target`."""
         num_tokens = int(self.lengths[source])
-        for store in (*self.keys, *self.values):
-            store[target, :, :num_tokens] = store[source, :, :num_tokens]
-        neighbours = (*self.cca_keys.values(), *self.cca_values.values(), self.cca_mask, self.num_neighbour_rows)
+        for rows in (*self.keys, *self.values):
+            rows.move(source, target, num_tokens)
+        for rows in (*self.cca_keys.values(), *self.cca_values.values()):
+            rows.move(source, target, self.num_cca_rows)
+        neighbours = self.cca_mask, self.num_neighbour_rows
         pointer = self.pointer_keys, self.pointer_mask, self.neighbour_tokens, self.preceding_tokens
         for store in (self.lengths, self.tokens, self.chunk_hidden, *neighbours, *pointer):
             store[target] = store[source]
@@ -144,20 +158,20 @@ class DecodeCache:
     def resize(self, batch_size: int, max_tokens: int, num_neighbours: int) -> None:
         """Make room for more, or for less: what does not fit any longer is lost."""
         self.max_tokens, self.num_neighbours = max_tokens, num_neighbours
-        self._hold(min(len(self.keys[0]), batch_size), min(self.held_rows, whole_blocks(max_tokens)))
+        self._hold(min(self.held_slots, batch_size), min(self.held_rows, whole_blocks(max_tokens)))
         for store in (self.cca_keys, self.cca_values):
             for layer, old in store.items():
-                store[layer] = _resized(old, batch_size, old.shape[1], self.num_cca_rows, old.shape[3])
-        self.cca_mask = _resized(self.cca_mask, batch_size, self.num_cca_rows)
+                store[layer] = old.resized(batch_size, self.num_cca_rows)
+        self.cca_mask = resized(self.cca_mask, batch_size, self.num_cca_rows)
         num_pointed_rows = self.num_cca_rows if self.pointer_mask.shape[1] else 0
-        self.pointer_keys = _resized(self.pointer_keys, batch_size, num_pointed_rows, self.pointer_keys.shape[2])
-        self.pointer_mask = _resized(self.pointer_mask, batch_size, num_pointed_rows)
-        self.neighbour_tokens = _resized(self.neighbour_tokens, batch_size, num_pointed_rows)
-        self.preceding_tokens = _resized(self.preceding_tokens, batch_size, num_pointed_rows, self._max_ngram)
-        self.tokens = _resized(self.tokens, batch_size, max_tokens if self._max_ngram else 0)
-        self.chunk_hidden = _resized(self.chunk_hidden, batch_size, *self.chunk_hidden.shape[1:])
-        self.num_neighbour_rows = _resized(self.num_neighbour_rows, batch_size)
-        self.lengths = _resized(self.lengths, batch_size)
+        self.pointer_keys = resized(self.pointer_keys, batch_size, num_pointed_rows, self.pointer_keys.shape[2])
+        self.pointer_mask = resized(self.pointer_mask, batch_size, num_pointed_rows)
+        self.neighbour_tokens = resized(self.neighbour_tokens, batch_size, num_pointed_rows)
+        self.preceding_tokens = resized(self.preceding_tokens, batch_size, num_pointed_rows, self._max_ngram)
+        self.tokens = resized(self.tokens, batch_size, max_tokens if self._max_ngram else 0)
+        self.chunk_hidden = resized(self.chunk_hidden, batch_size, *self.chunk_hidden.shape[1:])
+        self.num_neighbour_rows = resized(self.num_neighbour_rows, batch_size)
+        self.lengths = resized(self.lengths, batch_size)
 
     def reset(self, slots: int | Tensor) -> None:
         """Empty one slot, or those numbered in an int64 tensor."""
@@ -170,13 +184,12 @@ class DecodeCache:
         self.pointer_mask[slots] = False
         self.num_neighbour_rows[slots.cpu() if isinstance(slots, Tensor) else slots] = 0
         for values in self.cca_values.values():
-            values[slots] = 0
+            values.clear(slots)
 
     def write_prompt(self, number: int, slots: Tensor, keys_values: KeysValues) -> None:
         """Store the keys and values of whole prompts, [len(slots), G, T, E], in layer `number`."""
-        num_tokens = keys_values[0].shape[2]
         for store, new in zip((self.keys, self.values), keys_values, strict=True):
-            store[number - 1][slots, :, :num_tokens] = new.to(store[number - 1].dtype)
+            store[number - 1].write(slots, new)
 
     def truncate(self, lengths_B: Sequence[int]) -> None:
         """Forget tokens behind these lengths of the first slots: drafts that were not accepted.
@@ -236,7 +249,7 @@ class DecodeCache:
         self.num_neighbour_rows[slots.cpu()] = num_rows
         for number, of_layer in keys_values.items():
             for store, new in zip((self.cca_keys[number], self.cca_values[number]), of_layer, strict=True):
-                store[slots, :, :num_rows] = new.to(store.dtype)
+                store.write(slots, new)
         if pointer_keys is not None:
             self.pointer_keys[slots, :num_rows] = pointer_keys.to(self.pointer_keys.dtype)
             self.pointer_mask[slots, :num_rows] = encoded.token_mask_NS
@@ -256,16 +269,6 @@ class DecodeCache:
                 f"{num_neighbours} neighbours per chunk do not fit a cache of num_neighbours = "
                 f"{self.num_neighbours}: make the cache with num_neighbours={num_neighbours}"
             )
-
-
-def _resized(old: Tensor, *shape: int) -> Tensor:
-    """Zeros of `shape`, with what of `old` has a place in it."""
-    if old.shape == shape:
-        return old
-    new = old.new_zeros(shape)
-    common = tuple(slice(min(pair)) for pair in zip(old.shape, shape, strict=True))
-    new[common] = old[common]
-    return new
 
 
 class PromptRecorder:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from retro_ray.config import ModelConfig
 from retro_ray.model.attention import CrossAttention, KeysValues, open_empty_rows, split_heads
+from retro_ray.model.cached_rows import CachedRows
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.layers import Rotary, rotary_at, rotate, rotate_rows
 from retro_ray.model.new_tokens import NewTokens
@@ -68,10 +69,10 @@ class ChunkedCrossAttention(CrossAttention):
             read_BTD = read_BTD.masked_fill(~sees_BT[..., None], 0)
         return h_BTD + read_BTD
 
-    def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor, refusal_BS: Tensor) -> Tensor:
-        """CCA for new tokens, from cached keys and values [*, H, S, E]; of their rows only those not refused."""
+    def step(self, h_ND: Tensor, new: NewTokens, keys: CachedRows, values: CachedRows, refusal_BS: Tensor) -> Tensor:
+        """CCA for new tokens, from cached keys and values; of their rows only those not refused."""
         q_NHE = rotate_rows(self.query(self.norm(h_ND)).unflatten(-1, (-1, self.head_dim)), new.neighbour_rotation)
-        return h_ND + self.out(new.read_neighbours(q_NHE, keys, values, refusal_BS))
+        return h_ND + self.out(new.read_neighbours(q_NHE, keys.of, values.of, refusal_BS))
 
     def _start(self) -> None:
         """An output of zero, so that the decoder starts as it is without retrieval.

@@ -68,10 +68,13 @@ def _wide_for(x: Any) -> Callable[[Any], Any]:
     def from_bf16(x: Any) -> Any:
         return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
 
+    def from_int8(x: Any) -> Any:
+        return np.float32(x)
+
     def same(x: Any) -> Any:
         return x
 
-    return from_bf16 if x == types.uint16 else same
+    return {types.uint16: from_bf16, types.int8: from_int8}.get(x, same)
 
 
 @numba.njit(inline="always")
@@ -109,19 +112,27 @@ def _exp_for(x: Any) -> Callable[[Any], Any]:
 
 
 @numba.njit(inline="always")
-def _read_head(query: Any, key: Any, value: Any, num_rows: Any, refusal: Any, read: Any) -> None:
-    """One head of one token: softmax(q k^T / sqrt(E)) v; with `refusal`, over the rows where it is not negative."""
+def _read_head(
+    query: Any, key: Any, key_steps: Any, value: Any, value_steps: Any, num_rows: Any, refusal: Any, read: Any
+) -> None:
+    """One head of one token: softmax(q k^T / sqrt(E)) v; with `refusal`, over the rows where it is not negative.
+
+    Keys and values are in units of steps, row by row, unless these are None.
+    """
     head_dim = len(query)
     scale = query.dtype.type(1 / math.sqrt(head_dim))
     weights = np.empty(num_rows, query.dtype)
     largest = query.dtype.type(_LEAST)
     for row in range(num_rows):
+        if refusal is not None and refusal[row] < 0:
+            weights[row] = query.dtype.type(2 * _LEAST)
+            continue
         score = query.dtype.type(0)
         for e in range(head_dim):
             score += query[e] * _wide(key[row, e])
         score *= scale
-        if refusal is not None and refusal[row] < 0:
-            score = query.dtype.type(2 * _LEAST)
+        if key_steps is not None:
+            score *= key_steps[row]
         weights[row] = score
         largest = max(largest, score)
     total = query.dtype.type(0)
@@ -134,9 +145,25 @@ def _read_head(query: Any, key: Any, value: Any, num_rows: Any, refusal: Any, re
     for e in range(head_dim):
         read[e] = 0
     for row in range(num_rows):
+        if refusal is not None and refusal[row] < 0:
+            continue
         weight = weights[row] / total
+        if value_steps is not None:
+            weight *= value_steps[row]
         for e in range(head_dim):
             read[e] += weight * _wide(value[row, e])
+
+
+@numba.njit(inline="always")
+def _round_head(x: Any, rounded: Any) -> Any:
+    """A row in whole units of the step that is returned."""
+    largest = np.float32(0)
+    for e in range(len(x)):
+        largest = max(largest, abs(x[e]))
+    step = max(largest * np.float32(1 / LARGEST_MULTIPLE), np.float32(SMALLEST_STEP))
+    for e in range(len(x)):
+        rounded[e] = np.int8(np.rint(x[e] / step))
+    return step
 
 
 @_compiled(parallel=True)
@@ -156,7 +183,9 @@ def read_past(q: Any, keys: Any, values: Any, slots: Any, positions: Any, read: 
         token, head = item // num_heads, item % num_heads
         slot, shared = slots[token], head * keys.shape[1] // num_heads
         num_rows = positions[token] + 1
-        _read_head(q[token, head], keys[slot, shared], values[slot, shared], num_rows, None, read[token, head])
+        _read_head(
+            q[token, head], keys[slot, shared], None, values[slot, shared], None, num_rows, None, read[token, head]
+        )
 
 
 @_compiled(parallel=True)
@@ -169,9 +198,8 @@ def read_allowed(q: Any, keys: Any, values: Any, slots: Any, refusal: Any, read:
         token, head = item // num_heads, item % num_heads
         slot, shared = slots[token], head * keys.shape[1] // num_heads
         row_refusal = refusal[slot]
-        _read_head(
-            q[token, head], keys[slot, shared], values[slot, shared], len(row_refusal), row_refusal, read[token, head]
-        )
+        key, value = keys[slot, shared], values[slot, shared]
+        _read_head(q[token, head], key, None, value, None, len(row_refusal), row_refusal, read[token, head])
 
 
 @numba.njit(inline="always")
@@ -258,7 +286,9 @@ def self_attention(
     slots: Any,
     positions: Any,
     keys: Any,
+    key_steps: Any,
     values: Any,
+    value_steps: Any,
     read: Any,
     read_steps: Any,
 ) -> None:
@@ -275,8 +305,10 @@ def self_attention(
         sin: [N, 1, E].
         slots: int64 [N].
         positions: int64 [N].
-        keys: bfloat16 [B, G, S, E], written at the tokens' positions.
-        values: bfloat16 [B, G, S, E], as well.
+        keys: int8 [B, G, S, E] in units of `key_steps`, written at the tokens' positions.
+        key_steps: float32 [B, G, S], as well.
+        values: int8 [B, G, S, E], as well.
+        value_steps: float32 [B, G, S], as well.
         read: float32 [N, H, E], multiples of what is read, written.
         read_steps: float32 [N], written.
     """
@@ -300,18 +332,20 @@ def self_attention(
             if key_gain is not None:
                 _norm(x, key_gain, eps, x)
             _rotate(x, cos[token, 0], sin[token, 0], x)
-            for e in range(head_dim):
-                keys[slot, head - num_heads, position, e] = _bf16(x[e])
+            shared = head - num_heads
+            key_steps[slot, shared, position] = _round_head(x, keys[slot, shared, position])
         else:
-            for e in range(head_dim):
-                values[slot, head - num_heads - num_shared, position, e] = _bf16(x[e])
+            shared = head - num_heads - num_shared
+            value_steps[slot, shared, position] = _round_head(x, values[slot, shared, position])
     for item in numba.prange(num_tokens * num_heads):
         token, head = item // num_heads, item % num_heads
         slot, shared = slots[token], head * num_shared // num_heads
         _read_head(
             projected[token, head],
             keys[slot, shared],
+            key_steps[slot, shared],
             values[slot, shared],
+            value_steps[slot, shared],
             positions[token] + 1,
             None,
             read[token, head],
@@ -329,7 +363,9 @@ def cross_attention(
     sin: Any,
     slots: Any,
     keys: Any,
+    key_steps: Any,
     values: Any,
+    value_steps: Any,
     refusal: Any,
     read: Any,
     read_steps: Any,
@@ -342,8 +378,10 @@ def cross_attention(
         cos: [N, 1, E], layers.RowRotation.
         sin: [N, 1, E].
         slots: int64 [N].
-        keys: bfloat16 [B, H, S, E].
-        values: bfloat16 [B, H, S, E].
+        keys: int8 [B, H, S, E] in units of `key_steps`.
+        key_steps: float32 [B, H, S].
+        values: int8 [B, H, S, E] in units of `value_steps`.
+        value_steps: float32 [B, H, S].
         refusal: float32 [B or fewer, S or fewer]: of these first rows those that are not negative are read.
         read: float32 [N, H, E], multiples of what is read, written.
         read_steps: float32 [N], written.
@@ -357,7 +395,16 @@ def cross_attention(
             x[e] *= steps[token]
         _rotate(x, cos[token, 0], sin[token, 0], x)
         row_refusal = refusal[slot]
-        _read_head(x, keys[slot, head], values[slot, head], len(row_refusal), row_refusal, read[token, head])
+        _read_head(
+            x,
+            keys[slot, head],
+            key_steps[slot, head],
+            values[slot, head],
+            value_steps[slot, head],
+            len(row_refusal),
+            row_refusal,
+            read[token, head],
+        )
     for token in numba.prange(num_tokens):
         row = read[token].reshape(-1)
         read_steps[token] = _to_multiples(row, row)

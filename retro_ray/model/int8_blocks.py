@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from retro_ray.model import compiled_rows
 from retro_ray.model.attention import SelfAttention
+from retro_ray.model.cached_rows import CachedRows
 from retro_ray.model.chunked import ChunkedCrossAttention
 from retro_ray.model.decoder_layer import DecoderLayer
 from retro_ray.model.int8_product import Int8Product, Multiples
@@ -53,8 +54,8 @@ class Int8SelfAttention:
         self._gains = _gain(block.query_norm), _gain(block.key_norm)
         self._eps = float(getattr(block.key_norm, "eps", 0.0))
 
-    def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor) -> Tensor:
-        """The activations [N, D], float32, after the block; keys and values [*, G, *, E] join those of a cache."""
+    def step(self, h_ND: Tensor, new: NewTokens, keys: CachedRows, values: CachedRows) -> Tensor:
+        """The activations [N, D], float32, after the block; keys and values join those of a cache in eight bits."""
         projected = self._project.of(self._norm(h_ND))
         num_tokens, num_heads = len(h_ND), projected.of_NI.shape[1] // self._head_dim - 2 * keys.shape[1]
         read = Multiples.empty(num_tokens, num_heads * self._head_dim)
@@ -71,8 +72,8 @@ class Int8SelfAttention:
             as_array(new.rotation.sin),
             as_array(new.slots_N),
             as_array(new.positions_N),
-            as_array(keys),
-            as_array(values),
+            *_stored(keys),
+            *_stored(values),
             of_read.reshape(num_tokens, -1, self._head_dim),
             read_steps,
         )
@@ -88,8 +89,8 @@ class Int8CrossAttention:
         self._query, self._out = Int8Product(block.query.weight), Int8Product(block.out.weight)
         self._head_dim = block.head_dim
 
-    def step(self, h_ND: Tensor, new: NewTokens, keys: Tensor, values: Tensor, refusal_BS: Tensor) -> Tensor:
-        """The activations [N, D], float32, after the block; a cache's rows [*, H, S, E] are read unless refused."""
+    def step(self, h_ND: Tensor, new: NewTokens, keys: CachedRows, values: CachedRows, refusal_BS: Tensor) -> Tensor:
+        """The activations [N, D], float32, after the block; a cache's rows in eight bits are read unless refused."""
         queries = self._query.of(self._norm(h_ND))
         read = Multiples.empty(*queries.of_NI.shape)
         (of_queries, steps), (of_read, read_steps) = _arrays(queries), _arrays(read)
@@ -100,8 +101,8 @@ class Int8CrossAttention:
             as_array(new.neighbour_rotation.cos),
             as_array(new.neighbour_rotation.sin),
             as_array(new.slots_N),
-            as_array(keys),
-            as_array(values),
+            *_stored(keys),
+            *_stored(values),
             as_array(refusal_BS.float()),
             of_read.reshape(len(h_ND), -1, self._head_dim),
             read_steps,
@@ -164,6 +165,11 @@ class Int8Decoder:
 
 def _gain(norm: nn.Module) -> Any:
     return as_array(norm.weight.detach().float()) if isinstance(norm, RMSNorm) else None
+
+
+def _stored(rows: CachedRows) -> tuple[Any, Any]:
+    assert rows.steps is not None, "a cache of a model with weights of eight bits holds rows of as many"
+    return as_array(rows.of), as_array(rows.steps)
 
 
 def _arrays(x: Multiples) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from retro_ray.model import compiled_rows
-from retro_ray.model.int8_product import ZERO_POINT, weight_steps
+from retro_ray.model.int8_product import ZERO_POINT, row_steps
 from retro_ray.model.row_attention import as_array, use_threads_of_torch
 
 _EXPECTED_ROWS = 256
@@ -25,7 +25,7 @@ class Int8Linear(nn.Module):
         weight = weight.detach().float()
         self.out_features, self.in_features = weight.shape
         self._bias = None if bias is None else bias.detach()
-        self._steps_O = weight_steps(weight)
+        self._steps_O = row_steps(weight)
         rounded = torch.round(weight / self._steps_O[:, None]).to(torch.int8)
         self._packed = torch.ops.onednn.qlinear_prepack(rounded, [_EXPECTED_ROWS, self.in_features])
         self._zeros_O = torch.zeros(self.out_features, dtype=torch.int64)

@@ -33,9 +33,9 @@ def int8_is_fast() -> bool:
     return has_products and bool(torch.cpu.get_capabilities().get("avx512_vnni"))
 
 
-def weight_steps(weight_OI: Tensor) -> Tensor:
-    """Of float32 weights, the step of each row: [O]."""
-    return weight_OI.abs().amax(dim=1).div_(LARGEST_MULTIPLE).clamp_min_(SMALLEST_STEP)
+def row_steps(rows: Tensor) -> Tensor:
+    """Of float32 rows [..., I], the step of each: [...]."""
+    return rows.abs().amax(dim=-1).div_(LARGEST_MULTIPLE).clamp_min_(SMALLEST_STEP)
 
 
 class Multiples(NamedTuple):
@@ -65,7 +65,7 @@ class Int8Product:
 
     def __init__(self, weight_OI: Tensor) -> None:
         weight_OI = weight_OI.detach().float()
-        steps_O = weight_steps(weight_OI)
+        steps_O = row_steps(weight_OI)
         zeros_O = torch.zeros(len(steps_O), dtype=torch.int64)
         engine = torch.backends.quantized.engine
         with warnings.catch_warnings():

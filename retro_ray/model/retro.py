@@ -265,7 +265,10 @@ class RetroModel(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> DecodeCache:
-        """Empty slots for `batch_size` sequences; what is not given is as in the model."""
+        """Empty slots for `batch_size` sequences; what is not given is as in the model.
+
+        Where new tokens are read with weights of eight bits, keys and values are held in as many.
+        """
         weight = self.token_embedding.weight
         return DecodeCache(
             self.config,
@@ -274,6 +277,7 @@ class RetroModel(nn.Module):
             num_neighbours=self.config.num_neighbours if num_neighbours is None else num_neighbours,
             device=device or weight.device,
             dtype=dtype or weight.dtype,
+            rows_dtype=None if self.int8 is None else torch.int8,
         )
 
     @torch.no_grad()

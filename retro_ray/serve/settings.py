@@ -51,7 +51,7 @@ class ServeSettings(BaseModel):
     """Tokens guessed at most from what was retrieved, and then read in one pass; 0: none. Changes no answer."""
     int8: bool = True
     """On a CPU that is fast with them, read new tokens, and the neighbours that come with them, with weights of eight
-    bits, kept beside those in bf16. Prompts and their scores are as without."""
+    bits, kept beside those in bf16, and hold keys and values in as many. Prompts and their scores are as without."""
     max_cached_tokens: int | None = Field(default=None, ge=1)
     """Tokens that the KV cache may hold; default: `max_batch_size` whole contexts."""
     max_deadline_s: float = Field(default=600, gt=0)

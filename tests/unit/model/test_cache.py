@@ -123,11 +123,11 @@ def test_a_pausing_slot_keeps_its_state() -> None:
     cache = model.new_cache(2, 9)
     model.prefill(batch.tokens_BT, torch.tensor([7, 5]), cache, *batch.retrieval.values())
     assert model.completes_chunk(cache).tolist() == [True, False]
-    mask_BS, values = cache.cca_mask.clone(), cache.cca_values[2].clone()
+    mask_BS, values = cache.cca_mask.clone(), cache.cca_values[2].of.clone()
     active_B = torch.tensor([False, True])
     model.decode_step(batch.tokens_BT[:, 0], cache, batch.neighbours_BLKR[:, 0], active_B=active_B)
     assert torch.equal(cache.cca_mask, mask_BS)
-    assert torch.equal(cache.cca_values[2], values)
+    assert torch.equal(cache.cca_values[2].of, values)
     assert cache.lengths.tolist() == [7, 6]
 
 

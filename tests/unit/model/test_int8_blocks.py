@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from retro_ray.model.cached_rows import CachedRows
 from retro_ray.model.int8_blocks import Int8Layer
 from retro_ray.model.int8_linear import Int8Linear
 from retro_ray.model.int8_product import int8_is_fast
@@ -25,8 +26,8 @@ BLOCKS = pytest.mark.parametrize(
     ],
     ids=["ours", "shared heads", "normed heads", "biases", "swiglu", "llama"],
 )
-MOST_ERROR = 2e-2
-"""Of what a block adds, in its norm: keys, values and rotations are in bf16, and then a row is rounded otherwise."""
+MOST_ERROR = 3e-2
+"""Of what a block adds, in its norm: rotations are in bf16, new keys and values rounded, and then rows otherwise."""
 
 
 def rounded(rows: Tensor) -> Tensor:
@@ -56,6 +57,17 @@ def with_rounded_linears(module: nn.Module) -> nn.Module:
     return module
 
 
+def rows_in_int8(*shape: int, generator: torch.Generator) -> CachedRows:
+    rows = CachedRows.zeros(*shape, device=torch.device("cpu"), dtype=torch.int8)
+    rows.write(torch.arange(shape[0]), torch.randn(*shape, generator=generator))
+    return rows
+
+
+def in_float64(rows: CachedRows) -> CachedRows:
+    assert rows.steps is not None
+    return CachedRows(rows.of.double() * rows.steps.double()[..., None])
+
+
 @BLOCKS
 @torch.no_grad()
 def test_a_layer_does_what_rounded_weights_and_rows_make_of_it(blocks: dict) -> None:
@@ -65,15 +77,15 @@ def test_a_layer_does_what_rounded_weights_and_rows_make_of_it(blocks: dict) -> 
     eight, expected = Int8Layer(layer), with_rounded_linears(layer)
     generator = torch.Generator().manual_seed(0)
     h_ND = torch.randn(4, 64, generator=generator)
-    keys, values = (torch.randn(3, config.kv_heads, 40, 32, generator=generator).bfloat16() for _ in range(2))
-    of_neighbours = [torch.randn(3, 4, 16, 32, generator=generator).bfloat16() for _ in range(2)]
+    keys, values = (rows_in_int8(3, config.kv_heads, 40, 32, generator=generator) for _ in range(2))
+    of_neighbours = [rows_in_int8(3, 4, 16, 32, generator=generator) for _ in range(2)]
     refusal_BS = torch.where(torch.rand(3, 16, generator=generator) < 0.4, torch.finfo(torch.float32).min, 0.0)
     refusal_BS[:, 3] = 0
     new, new64 = (
         place_new_tokens(config, [5, 0, 20], [2, 1, 1], None, torch.device("cpu"), dtype)
         for dtype in (torch.bfloat16, torch.float64)
     )
-    keys64, values64 = keys.double(), values.double()
+    keys64, values64 = in_float64(keys), in_float64(values)
 
     def assert_adds_the_same(found: Tensor, reference: Tensor) -> None:
         added, expected_added = found.double() - h_ND.double(), reference - h_ND.double()
@@ -85,15 +97,16 @@ def test_a_layer_does_what_rounded_weights_and_rows_make_of_it(blocks: dict) -> 
     written = torch.zeros(3, 40, dtype=torch.bool)
     written[[0, 0, 1, 2], [5, 6, 0, 20]] = True
     for store, store64 in ((keys, keys64), (values, values64)):
-        unwritten = ~written[:, None, :, None].expand_as(store)
-        own, own64 = store[~unwritten].double(), store64[~unwritten]
+        unwritten = ~written[:, None, :, None].expand_as(store.of)
+        found64, expected64 = in_float64(store).of, store64.of
+        own, own64 = found64[~unwritten], expected64[~unwritten]
         assert (own - own64).norm() < MOST_ERROR * own64.norm()
-        assert torch.equal(store[unwritten].double(), store64[unwritten])
+        assert torch.equal(found64[unwritten], expected64[unwritten])
 
     assert eight.cca is not None
     found = eight.cca.step(h_ND, new, *of_neighbours, refusal_BS)
-    in_float64 = [store.double() for store in of_neighbours]
-    assert_adds_the_same(found, expected.cca.step(h_ND.double(), new64, *in_float64, refusal_BS.double()))
+    neighbours64 = [in_float64(store) for store in of_neighbours]
+    assert_adds_the_same(found, expected.cca.step(h_ND.double(), new64, *neighbours64, refusal_BS.double()))
 
     assert_adds_the_same(eight.feed_forward(h_ND), expected.feed_forward(h_ND.double()))
 
