@@ -16,9 +16,9 @@ from benchmarks.chunks import read_documents
 from benchmarks.embedders import EmbedderPool
 from retro_ray.database.format import IndexSpec, Manifest, Partition, file_record, fingerprint, write_manifest
 from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search, is_searched_exactly, train_codec
-from retro_ray.database.keys import key_blocks, read_keys, write_keys
+from retro_ray.database.keys import read_keys, write_keys
 from retro_ray.database.store import Database
-from retro_ray.index.build import fill_index, read_index, write_index
+from retro_ray.index.build import index_segment
 from retro_ray.ray_session import connect
 from retro_ray.text.chunking import chunk_document, chunk_texts
 from retro_ray.text.tokenizer import train_tokenizer
@@ -71,6 +71,9 @@ class KeyDatabase:
 
     folder: Path
     database: Database
+    held_out: np.ndarray
+    """float32 [n, D]: by which its index was chosen."""
+    target_recall: float
 
     @classmethod
     def build(cls, keys: np.ndarray, held_out: np.ndarray, target_recall: float, num_shards: int) -> KeyDatabase:
@@ -84,23 +87,30 @@ class KeyDatabase:
         choice = IndexChoice(IndexSpec(factory="Flat"))
         if not is_searched_exactly(len(keys), keys.shape[1], target_recall):
             family = train_codec(directory, segments, validation, aims, codec)
-            _fill(directory, segments, codec)
+            _fill(directory, segments, family.spec)
             choice = choose_search(directory, segments, validation, aims, codec, family)
-        return cls(folder, _commit(directory, segments, choice, keys.shape[1]))
+        return cls(folder, _commit(directory, segments, choice, keys.shape[1]), held_out, target_recall)
 
     def divided(self, num_shards: int) -> KeyDatabase:
-        """The same keys under the same codec and search parameters, in another number of shards."""
+        """The same keys in another number of shards: under the same codec and search parameters, or as a graph whose
+        parameter is chosen anew, as each segment's graph is its own.
+        """
         folder = Path(tempfile.mkdtemp(prefix="retro-ray-keys-"))
         directory = folder / "database"
         manifest = self.database.manifest
         keys = np.concatenate([read_keys(self.database.directory / segment.keys) for segment in manifest.segments])
         segments = _write_segments(directory, keys, num_shards)
+        codec = directory / "bench" / "codec.faiss"
         if manifest.codec is not None:
-            codec = directory / "bench" / "codec.faiss"
             shutil.copy(self.database.directory / manifest.codec, codec)
-            _fill(directory, segments, codec)
+        _fill(directory, segments, manifest.index)
         choice = IndexChoice(manifest.index, manifest.index_curve)
-        return KeyDatabase(folder, _commit(directory, segments, choice, keys.shape[1]))
+        if manifest.index.is_graph:
+            validation = _write_partition(directory, "validation", -1, -1, self.held_out)
+            aims = IndexAims(self.target_recall, None, 0)
+            choice = choose_search(directory, segments, validation, aims, codec, choice)
+        database = _commit(directory, segments, choice, keys.shape[1])
+        return KeyDatabase(folder, database, self.held_out, self.target_recall)
 
     @property
     def index_bytes_per_chunk(self) -> float:
@@ -108,7 +118,8 @@ class KeyDatabase:
         manifest = self.database.manifest
         if manifest.index.is_exact:
             return 4.0 * manifest.key_dim
-        return sum(manifest.files[segment.index].size_bytes for segment in manifest.segments) / manifest.num_chunks
+        indexes = [segment.index(manifest.index) for segment in manifest.segments]
+        return sum(manifest.files[path].size_bytes for path in indexes if path in manifest.files) / manifest.num_chunks
 
     def __enter__(self) -> KeyDatabase:
         return self
@@ -143,16 +154,18 @@ def _write_partition(directory: Path, name: str, shard: int, base: int, keys: np
     )
 
 
-def _fill(directory: Path, segments: list[Partition], codec: Path) -> None:
+def _fill(directory: Path, segments: list[Partition], spec: IndexSpec) -> None:
+    codec = directory / "bench" / "codec.faiss" if spec.has_codec else None
     for segment in segments:
-        index = fill_index(read_index(codec), key_blocks(directory / segment.keys))
-        write_index(index, directory / segment.index)
+        index_segment(spec, codec, directory / segment.keys, directory / segment.index(spec))
 
 
 def _commit(directory: Path, segments: list[Partition], choice: IndexChoice, key_dim: int) -> Database:
-    paths = [segment.keys for segment in segments]
-    if not choice.spec.is_exact:
-        paths += ["bench/codec.faiss", *(segment.index for segment in segments)]
+    codec = "bench/codec.faiss" if choice.spec.has_codec else None
+    indexes = [segment.index(choice.spec) for segment in segments]
+    paths = [segment.keys for segment in segments] + [path for path in indexes if (directory / path).exists()]
+    if codec is not None:
+        paths.append(codec)
     manifest = Manifest(
         build="bench",
         chunk_length=64,
@@ -169,7 +182,7 @@ def _commit(directory: Path, segments: list[Partition], choice: IndexChoice, key
         segments=tuple(segments),
         validation=None,
         next_chunk_id=sum(segment.num_chunks for segment in segments),
-        codec=None if choice.spec.is_exact else "bench/codec.faiss",
+        codec=codec,
         files={path: file_record(directory / path) for path in paths},
         generation=1,
     )

@@ -55,7 +55,6 @@ from retro_ray.database.split import VALIDATION, Split
 from retro_ray.database.survey import MAX_SAMPLE_BYTES, CorpusSurvey, survey_path
 from retro_ray.database.tasks import (
     count_tokens,
-    fill_shard,
     named_problem,
     named_record,
     search_neighbours,
@@ -63,6 +62,7 @@ from retro_ray.database.tasks import (
 )
 from retro_ray.database.token_statistics import write_token_statistics
 from retro_ray.errors import DatabaseError, InputError
+from retro_ray.index.build import index_segment
 from retro_ray.ray_session import run_tasks
 from retro_ray.retrieval.shard_actor import refresh_shard_actors, stop_shard_actors
 from retro_ray.text.corpus import ReadUnit, SkippedRecord
@@ -281,7 +281,7 @@ class DatabaseBuilder:
         return partitions
 
     def _index(self, partitions: list[Partition], tokenizer: TextTokenizer, skipped: list[SkippedRecord]) -> Manifest:
-        """Train the codec once, fill every shard's index; returns the manifest, but for the neighbours."""
+        """Choose and fill every shard's index; returns the manifest, but for the neighbours."""
         shards = tuple(partition for partition in partitions if partition.name != VALIDATION)
         validation = next((partition for partition in partitions if partition.name == VALIDATION), None)
         num_chunks = sum(shard.num_chunks for shard in shards)
@@ -304,7 +304,7 @@ class DatabaseBuilder:
             num_shards=len(shards),
             segments=shards,
             next_chunk_id=num_chunks,
-            codec=None if choice.spec.is_exact else f"{self._build_id}/codec.faiss",
+            codec=f"{self._build_id}/codec.faiss" if choice.spec.has_codec else None,
             validation=validation,
             files={},
             settings={"corpus": dataclasses.asdict(self._corpus), "database": dataclasses.asdict(self._config)},
@@ -313,14 +313,16 @@ class DatabaseBuilder:
         paths = [f"{self._build_id}/tokenizer/{path.name}" for path in sorted(self._tokenizer_folder.iterdir())]
         for partition in partitions:
             paths += [partition.chunks, partition.documents, partition.ids, partition.keys]
+        indexes = [shard.index(choice.spec) for shard in shards]
+        paths += [path for path in indexes if (self._directory / path).exists()]
         if manifest.codec:
-            paths += [manifest.codec, *(shard.index for shard in shards)]
+            paths.append(manifest.codec)
         if manifest.token_statistics:
             paths.append(manifest.token_statistics)
         return dataclasses.replace(manifest, files=self._checksums(paths))
 
     def _build_indexes(self, shards: tuple[Partition, ...], validation: Partition | None) -> IndexChoice:
-        """Choose the index, train its codec on keys of all shards, encode each shard's keys, tune the search."""
+        """Choose the index, train its codec on keys of all shards, index each shard's keys, tune the search."""
         aims = IndexAims(self._config.target_recall, self._config.bytes_per_chunk, self._config.seed)
         if is_searched_exactly(sum(shard.num_chunks for shard in shards), self._key_dim, aims.target_recall):
             return IndexChoice(IndexSpec(factory="Flat"))
@@ -329,9 +331,11 @@ class DatabaseBuilder:
         if not family.exists():
             for choice in run_tasks(ray.remote(train_codec), [common], "choose index"):
                 choice.write(family)
-        todo = [(codec, self._directory / shard.keys, self._directory / shard.index) for shard in shards]
-        todo = [paths for paths in todo if not paths[-1].exists()]
-        for _ in run_tasks(ray.remote(fill_shard), todo, "index"):
+        spec = IndexChoice.read(family).spec
+        trained = codec if spec.has_codec else None
+        paths = [(self._directory / shard.keys, self._directory / shard.index(spec)) for shard in shards]
+        todo = [(spec, trained, keys, index) for keys, index in paths if not index.exists()]
+        for _ in run_tasks(ray.remote(index_segment), todo, "index"):
             pass
         if not tuned.exists():
             for choice in run_tasks(ray.remote(choose_search), [(*common, IndexChoice.read(family))], "tune index"):

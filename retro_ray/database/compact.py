@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from retro_ray.database.copy_documents import DocumentRun, copy_documents
-from retro_ray.database.edit_index import index_segment, store_neighbours
+from retro_ray.database.edit_index import make_searchable, store_neighbours
 from retro_ray.database.format import IndexSpec, Partition
 from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search, is_searched_exactly, train_codec
 from retro_ray.database.split import shard_name
@@ -38,7 +38,7 @@ def compact_segments(edit: Transaction, num_shards: int) -> None:
         segment = dataclasses.replace(copied, shard=shard, chunk_id_base=next_chunk_id)
         segments.append(segment)
         next_chunk_id += segment.num_chunks
-    edit.drop_files(*(path for segment in base.segments for path in segment.paths))
+    edit.drop_files(*(path for segment in base.segments for path in segment.paths(base.index)))
     edit.drop_files(*(path for path in (base.codec, base.deleted) if path is not None))
     edit.set_segments(segments)
     edit.replace(
@@ -87,7 +87,7 @@ def _assign(database: Database, num_shards: int) -> list[list[DocumentRun]]:
 
 
 def _index(edit: Transaction, segments: Sequence[Partition]) -> None:
-    """Choose the index anew, train its codec on keys of all shards, and encode them."""
+    """Choose the index anew, train its codec on keys of all shards, and index them."""
     base, settings = edit.base, edit.base.settings.get("database", {})
     aims = IndexAims(settings.get("target_recall", 0.95), settings.get("bytes_per_chunk"), _SEED)
     if is_searched_exactly(sum(segment.num_chunks for segment in segments), base.key_dim, aims.target_recall):
@@ -96,9 +96,10 @@ def _index(edit: Transaction, segments: Sequence[Partition]) -> None:
     codec = f"{edit.folder}/codec.faiss"
     common = (edit.directory, segments, base.validation, aims, edit.directory / codec)
     family: IndexChoice = train_codec(*common)
-    edit.add_files(codec)
-    edit.replace(codec=codec)
+    edit.replace(codec=codec if family.spec.has_codec else None)
+    if edit.manifest.codec is not None:
+        edit.add_files(codec)
     for segment in segments:
-        index_segment(edit, segment)
+        make_searchable(edit, segment, family.spec)
     choice = choose_search(*common, family)
     edit.replace(index=choice.spec, index_curve=choice.curve)

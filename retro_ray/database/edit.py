@@ -1,8 +1,8 @@
 """Changing a database after it was built: documents added, deleted, replaced; and compacted.
 
 Every edit is one commit (see `transaction`): whoever reads the database sees all of it or nothing.
-Adding costs what is added: only the new chunks are embedded, indexed with the codec that is there,
-and given neighbours. What is stored with older chunks stays, but for neighbours that were deleted;
+Adding costs what is added: only the new chunks are embedded, indexed (with the codec that is there, or in a graph of
+their own), and given neighbours. What is stored with older chunks stays, but for neighbours that were deleted;
 `compact` searches all neighbours again.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from retro_ray.database.add_segment import Embedder, embed_segment, write_chunked
 from retro_ray.database.compact import compact_segments
-from retro_ray.database.edit_index import index_segment, store_neighbours
+from retro_ray.database.edit_index import make_searchable, store_neighbours
 from retro_ray.database.format import Manifest, Partition, database_directory
 from retro_ray.database.index_choice import is_searched_exactly
 from retro_ray.database.merge_segments import ADDED, merge_added
@@ -156,7 +156,7 @@ class DatabaseEditor:
         """Make a segment of documents that are chunked part of the database, in place of those that they replace."""
         embed_segment(self._directory, segment, edit.base.chunk_length, chosen.tokenizer, embedder)
         edit.add_files(segment.chunks, segment.documents, segment.ids, segment.keys)
-        index_segment(edit, segment)
+        make_searchable(edit, segment)
         edit.set_segments([*edit.base.segments, segment])
         if chosen.replaced:
             edit.delete(chosen.replaced)

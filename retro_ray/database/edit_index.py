@@ -7,23 +7,21 @@ from collections.abc import Sequence
 
 from retro_ray.config import RetrievalConfig
 from retro_ray.database.add_segment import PROGRESS_DELAY_S
-from retro_ray.database.format import Partition
-from retro_ray.database.keys import key_blocks
+from retro_ray.database.format import IndexSpec, Partition
 from retro_ray.database.store import ChunkStore
 from retro_ray.database.transaction import Transaction
-from retro_ray.index.build import fill_index, read_index, write_index
+from retro_ray.index.build import index_segment
 from retro_ray.progress import progress_bar
 from retro_ray.retrieval.local import LocalRetriever
 from retro_ray.retrieval.neighbours import write_neighbours
 
 
-def index_segment(edit: Transaction, segment: Partition) -> None:
-    """Write a segment's index, made from the codec of the database; an exact one is the keys themselves."""
-    if edit.manifest.codec is None:
-        return
-    codec, keys = (edit.directory / path for path in (edit.manifest.codec, segment.keys))
-    write_index(fill_index(read_index(codec), key_blocks(keys)), edit.directory / segment.index)
-    edit.add_files(segment.index)
+def make_searchable(edit: Transaction, segment: Partition, spec: IndexSpec | None = None) -> None:
+    """Write a segment's index, if it is to have one: as `spec` asks; default: that of the database."""
+    spec, codec = spec or edit.manifest.index, edit.manifest.codec
+    trained = None if codec is None else edit.directory / codec
+    if index_segment(spec, trained, edit.directory / segment.keys, edit.directory / segment.index(spec)):
+        edit.add_files(segment.index(spec))
 
 
 def store_neighbours(edit: Transaction, partitions: Sequence[Partition]) -> None:

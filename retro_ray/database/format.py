@@ -5,7 +5,8 @@
       <build>/                   one folder per build, immutable once the manifest names it
         tokenizer/               tokenizer.json, tokenizer_meta.json
         codec.faiss              the trained, empty index that every segment's index was made from
-        shard-00000/             chunks.arrow  documents.arrow  ids.npy  keys.npy  index.faiss  neighbours.arrow
+        shard-00000/             chunks.arrow  documents.arrow  ids.npy  keys.npy  neighbours.arrow, and of what is
+                                 searched index.faiss or graph.symqg; neither where all keys are compared
         validation/              chunks.arrow  documents.arrow  ids.npy  keys.npy  neighbours.arrow
         skipped.jsonl            what could not be read: file, line, reason
       edit-<generation>/         one folder per later edit: the segments it added, `deleted.arrow`
@@ -39,6 +40,8 @@ from retro_ray.errors import DatabaseError
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 NEIGHBOURS_NAME = "neighbours.arrow"
+GRAPH = "SymphonyQG"
+"""Factory strings of graphs begin with it (index/graph.py)."""
 
 DOCUMENTS_SCHEMA = pa.schema(
     {
@@ -139,29 +142,43 @@ class Partition:
     def neighbours(self) -> str:
         return f"{self.neighbours_folder or self.folder}/{NEIGHBOURS_NAME}"
 
-    @property
-    def index(self) -> str:
-        return f"{self.folder}/index.faiss"
+    def index(self, spec: IndexSpec) -> str:
+        """What is searched; a partition that is searched exactly does not have it."""
+        return f"{self.folder}/{spec.file_name}"
 
-    @property
-    def paths(self) -> tuple[str, ...]:
+    def paths(self, spec: IndexSpec) -> tuple[str, ...]:
         """All files that it may have."""
-        return self.chunks, self.documents, self.ids, self.keys, self.index, self.neighbours
+        return self.chunks, self.documents, self.ids, self.keys, self.index(spec), self.neighbours
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexSpec:
-    """How every segment is searched: a FAISS factory string and its search-time parameters."""
+    """How every segment is searched: what its index is, and search-time parameters."""
 
     factory: str
+    """A factory string of FAISS's, or GRAPH and the graph's degree, as in "SymphonyQG32"."""
     nprobe: int = 0
-    """Inverted lists visited per query; 0 for an exact index."""
+    """Inverted lists visited per query; 0 for an exact index. Of a graph: rows kept in view while a query walks through
+    it for 10 neighbours, what the literature calls ef."""
     refine_factor: float = 1.0
-    """Candidates per neighbour asked for whose distances are computed from the keys themselves."""
+    """Candidates per neighbour asked for whose distances are computed from the keys themselves; 1 for a graph."""
 
     @property
     def is_exact(self) -> bool:
         return self.factory == "Flat"
+
+    @property
+    def is_graph(self) -> bool:
+        return self.factory.startswith(GRAPH)
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether the indexes of all segments are made from one that was trained."""
+        return not (self.is_exact or self.is_graph)
+
+    @property
+    def file_name(self) -> str:
+        return "graph.symqg" if self.is_graph else "index.faiss"
 
     def num_candidates(self, k: int) -> int:
         """How many rows, nearest by their codes, have their distances computed for `k` neighbours."""
@@ -230,7 +247,7 @@ class Manifest:
     num_deleted_tokens: int = 0
     num_deleted_bytes: int = 0
     codec: str | None = None
-    """File of the trained, empty index from which added segments get theirs; None for an exact index."""
+    """File of the trained, empty index from which added segments get theirs; None for an exact index and a graph."""
     files: dict[str, FileRecord]
     settings: dict[str, Any] = field(default_factory=dict)
     """What the builder was asked for: inputs, columns, split; for people, not for programs."""

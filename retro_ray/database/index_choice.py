@@ -1,7 +1,8 @@
 """Which index a database gets: measured on its own keys, by queries that are held out.
 
 In two steps, around the filling of the segments' indexes: the family is chosen on a sample of the
-keys, the search parameters on all of them.
+keys, the search parameters on all of them. Unless it is said how much memory an index may take, it may take a share of
+this machine's: the fastest, a graph, is larger than the texts it finds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from retro_ray.index.tune import (
     NUM_QUERIES,
     FilledIndex,
     Trial,
-    ask_parts,
     best_point,
     choose_family,
     exact_trial,
@@ -44,6 +44,9 @@ _KEYS_PER_QUERY = 8
 """Where no documents are held out, so many keys remain for each one that serves as a query."""
 _MIN_HELD_OUT = 250
 """Fewer held-out chunks measure too little."""
+_SHARE_OF_MEMORY = 0.25
+"""Of this machine, that an index may take by default. (All shards may lie on one machine.)"""
+_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class IndexAims:
 
     target_recall: float
     bytes_per_chunk: int | None
+    """Most memory per chunk; None: what makes a quarter of this machine's, if that is enough for any index."""
     seed: int
 
 
@@ -81,7 +85,7 @@ def is_searched_exactly(num_chunks: int, key_dim: int, target_recall: float) -> 
 def train_codec(
     directory: Path, segments: Sequence[Partition], validation: Partition | None, aims: IndexAims, codec: Path
 ) -> IndexChoice:
-    """Choose the family of a database's index, and write its codec, trained on keys of all segments.
+    """Choose the family of a database's index, and write its codec, if it has one, trained on keys of all segments.
 
     Raises:
         ConfigError: nothing fits into the memory asked for.
@@ -100,13 +104,15 @@ def train_codec(
         held_out,
         num_chunks,
         target_recall=aims.target_recall,
-        bytes_per_chunk=aims.bytes_per_chunk,
+        bytes_per_chunk=aims.bytes_per_chunk or _SHARE_OF_MEMORY * _memory_bytes() / num_chunks,
+        or_the_smallest=aims.bytes_per_chunk is None,
         num_parts=math.ceil(len(segments) * len(order) / num_chunks),
         report=lambda line: logger.info("  %s", line),
     )
     spec = IndexSpec(factory=factory)
-    keys = sample_keys(paths, num_training_keys(spec, num_chunks), aims.seed)
-    write_index(train_index(spec, sample.shape[1], keys), codec)
+    if spec.has_codec:
+        keys = sample_keys(paths, num_training_keys(spec, num_chunks), aims.seed)
+        write_index(train_index(spec, sample.shape[1], keys), codec)
     return IndexChoice(spec, tuple(curve))
 
 
@@ -123,14 +129,17 @@ def choose_search(
     mapped = [(segment.chunk_id_base, read_keys(directory / segment.keys)) for segment in segments]
     num_chunks = sum(segment.num_chunks for segment in segments)
     trial = _trial(directory, segments, validation, aims.seed, mapped)
-    encoder = QueryEncoder(family.spec, read_index(codec))
-    indexes = [read_index(directory / segment.index, mmap=True) for segment in segments]
-    parts = [
-        (base, len(keys) / num_chunks, IndexShard(family.spec, keys, index))
-        for (base, keys), index in zip(mapped, indexes, strict=True)
-    ]
-    size = sum((directory / segment.index).stat().st_size for segment in segments) / num_chunks
-    index = FilledIndex(family.spec.factory, size, num_chunks, encoder, ask_parts(parts))
+    spec, parts, size = family.spec, [], 0
+    for segment in segments:
+        path: Path | None = directory / segment.index(spec)
+        if path.exists():
+            size += path.stat().st_size
+        else:
+            path = None
+        shard = IndexShard.open(spec, directory / segment.keys, path, mmap=True)
+        parts.append((segment.chunk_id_base, segment.num_chunks / num_chunks, shard))
+    encoder = QueryEncoder(spec, read_index(codec) if spec.has_codec else None)
+    index = FilledIndex(spec.factory, size / num_chunks, num_chunks, encoder, parts)
     points = sweep(index, trial, aims.target_recall)
     [(_, points)] = in_turns([(index, points)], points, trial, aims.target_recall)
     best = best_point(points, aims.target_recall)
@@ -166,6 +175,13 @@ def _held_out_keys(directory: Path, validation: Partition | None, seed: int) -> 
     if validation is None or validation.num_chunks < _MIN_HELD_OUT:
         return None
     return sample_keys([directory / validation.keys], NUM_QUERIES, seed)
+
+
+def _memory_bytes() -> int:
+    """Of this machine, or of the container that this runs in."""
+    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.exists() else "max"
+    return min(of_machine, int(limit)) if limit.isdigit() else of_machine
 
 
 def _use_all_cpus() -> None:

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from retro_ray.database.arrow_rows import fixed_size_lists, write_rows
 from retro_ray.database.copy_documents import DocumentRun, copy_documents
-from retro_ray.database.edit_index import index_segment
+from retro_ray.database.edit_index import make_searchable
 from retro_ray.database.format import Partition, neighbours_schema
 from retro_ray.database.store import ChunkStore
 from retro_ray.database.transaction import Transaction
@@ -41,9 +41,9 @@ def merge_added(edit: Transaction) -> None:
     )
     schema = neighbours_schema(edit.base.num_neighbours)
     write_rows(edit.directory / merged.neighbours, schema, _neighbours(stores, schema))
-    edit.drop_files(*(path for part in parts for path in part.paths))
+    edit.drop_files(*(path for part in parts for path in part.paths(edit.base.index)))
     edit.add_files(merged.chunks, merged.documents, merged.ids, merged.keys, merged.neighbours)
-    index_segment(edit, merged)
+    make_searchable(edit, merged)
     edit.set_segments([*edit.manifest.segments[: -len(parts)], merged])
 
 

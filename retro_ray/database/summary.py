@@ -29,7 +29,7 @@ def describe(home: Path, manifest: Manifest) -> dict[str, Any]:
             ("documents", "documents.arrow"),
             ("ids", "ids.npy"),
             ("keys", "keys.npy"),
-            ("index", "index.faiss"),
+            ("index", manifest.index.file_name),
             ("neighbours", "neighbours.arrow"),
         )
     }

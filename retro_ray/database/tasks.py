@@ -12,11 +12,9 @@ import numpy as np
 
 from retro_ray.config import CorpusConfig, RetrievalConfig
 from retro_ray.database.format import FileRecord, Manifest, Partition, file_problem, file_record
-from retro_ray.database.keys import key_blocks
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.database.survey import survey_unit, write_survey
 from retro_ray.database.token_statistics import num_holding
-from retro_ray.index.build import fill_index, read_index, write_index
 from retro_ray.retrieval.neighbours import write_neighbours
 from retro_ray.retrieval.sharded import ShardedRetriever
 from retro_ray.text.corpus import ReadUnit
@@ -25,11 +23,6 @@ from retro_ray.text.corpus import ReadUnit
 def survey_to_disk(unit: ReadUnit, corpus: CorpusConfig, sample_share: float, folder: Path) -> None:
     """Read a unit through and write down what is in it."""
     write_survey(survey_unit(unit, corpus, sample_share), folder)
-
-
-def fill_shard(codec: Path, keys: Path, target: Path) -> None:
-    """Write the index of one shard: the trained codec, filled with the shard's keys."""
-    write_index(fill_index(read_index(codec), key_blocks(keys)), target)
 
 
 def count_tokens(directory: Path, partition: Partition, chunk_length: int, vocab_size: int) -> np.ndarray:

@@ -3,7 +3,7 @@ searched, what of the neighbours is shown.
 
 Every point is a pass of the same checkpoint over the same documents, with neighbours searched in a variant of the
 database's manifest: a smaller database is the whole one with documents marked as deleted, a worse search one that
-visits fewer lists.
+visits fewer lists, or looks at fewer rows of a graph.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ SweepAxis = Literal["k", "share", "nprobe", "parts", "rerank"]
 _NEIGHBOURS = (1, 2, 4, 8, 16)
 _SHARES = (0.1, 0.25, 0.5, 1.0)
 _NPROBES = (1, 2, 4, 8, 16, 32, 64, 128)
+_LEAST_OF_GRAPH = 16
+"""As many rows as are listed are looked at in any case."""
 
 
 class SweepPoint(NamedTuple):
@@ -115,7 +117,8 @@ def _lists_visited(subject: Subject, seed: int) -> Iterator[SweepPoint | str]:
     if spec.is_exact:
         yield "nprobe: the index of this database is exact, so there is no quality of search to vary"
         return
-    for nprobe in sorted({nprobe for nprobe in _NPROBES if nprobe < spec.nprobe} | {spec.nprobe}):
+    least = _LEAST_OF_GRAPH if spec.is_graph else 1
+    for nprobe in sorted({nprobe for nprobe in _NPROBES if least <= nprobe < spec.nprobe} | {spec.nprobe}):
         variant = dataclasses.replace(manifest, index=dataclasses.replace(spec, nprobe=nprobe))
         note = "as the database is searched" if nprobe == spec.nprobe else ""
         yield SweepPoint("nprobe", str(nprobe), lambda variant=variant: subject.on(manifest=variant), note)

@@ -1,8 +1,9 @@
-"""Building FAISS indexes: which kind, trained once, filled segment by segment.
+"""Building indexes: which kind, trained once, filled segment by segment.
 
-The codec (coarse quantizer, product quantizer) is trained once on a random sample of all segments and
+The codec (coarse quantizer, product quantizer) of a FAISS index is trained once on a random sample of all segments and
 shared by them: then a search over shards returns what one index over all keys would. An index holds
-codes only; the keys lie beside it. An exact index is its keys, and needs no file.
+codes only; the keys lie beside it. An exact index is its keys, and needs no file. A graph is built from its segment's
+keys alone (graph.py).
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import faiss
 import numpy as np
 
 from retro_ray.database.format import IndexSpec
+from retro_ray.database.keys import key_blocks, read_keys
 from retro_ray.index.encoder import transform
 from retro_ray.index.exact import unbatched_distances
+from retro_ray.index.graph import Graph, has_graph
 
 MAX_EXACT_CHUNKS = 60_000
 """Up to here an exact search is fast enough, and needs neither training nor tuning."""
@@ -49,8 +52,8 @@ def with_lists(factory: str, num_lists: int) -> str:
 
 
 def num_training_keys(spec: IndexSpec, num_chunks: int) -> int:
-    """How many keys `train_index` wants: 0 for an exact index."""
-    if spec.is_exact:
+    """How many keys `train_index` wants: 0 where there is no codec."""
+    if not spec.has_codec:
         return 0
     return min(num_chunks, TRAINING_KEYS_PER_LIST * num_lists_of(spec.factory))
 
@@ -87,6 +90,28 @@ def fill_index(index: faiss.Index, key_blocks: Iterable[np.ndarray]) -> faiss.In
             lists.add(transform(index, np.ascontiguousarray(keys, np.float32)))
     index.ntotal = lists.ntotal
     return index
+
+
+def index_segment(spec: IndexSpec, codec: Path | None, keys: Path, target: Path) -> bool:
+    """Write what a segment is searched by; False where that is its keys alone, and nothing is written.
+
+    Args:
+        spec: of the database.
+        codec: file of the trained, empty index; None for an exact index and a graph.
+        keys: the segment's keys.npy.
+        target: file to write.
+
+    Raises:
+        ConfigError: it is to be a graph, for which this machine has no library.
+    """
+    if codec is not None:
+        write_index(fill_index(read_index(codec), key_blocks(keys)), target)
+        return True
+    mapped = read_keys(keys)
+    if not has_graph(spec, len(mapped)):
+        return False
+    Graph.build(spec, mapped).save(target)
+    return True
 
 
 def write_index(index: faiss.Index, path: Path) -> None:

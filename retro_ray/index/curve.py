@@ -17,13 +17,13 @@ def chosen_point(points: Sequence[OperatingPoint], spec: IndexSpec) -> Operating
 
 def curve_table(points: Sequence[OperatingPoint], spec: IndexSpec) -> str:
     """One line per measured setting, the chosen one marked."""
-    head = f"{'index':<32} {'keys':>10} {'lists':>5} {'refine':>6} {'recall@10':>9} {'queries/s':>10}"
+    head = f"{'index':<32} {'keys':>10} {'nprobe':>6} {'refine':>6} {'recall@10':>9} {'queries/s':>10}"
     lines = [f"  {head} {'bytes/chunk':>11}"]
     chosen = chosen_point(points, spec)
     for point in points:
         mark = "*" if point is chosen else " "
         lines.append(
-            f"{mark} {point.factory:<32} {point.num_chunks:>10,} {point.nprobe:>5} {point.refine_factor:>6.1f} "
+            f"{mark} {point.factory:<32} {point.num_chunks:>10,} {point.nprobe:>6} {point.refine_factor:>6.1f} "
             f"{point.recall:>9.4f} {point.queries_per_s:>10,.0f} {point.bytes_per_chunk:>11.0f}"
         )
     return "\n".join(lines)

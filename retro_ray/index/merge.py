@@ -4,7 +4,8 @@ With C the number of candidates wanted, the neighbours of a query are the k smal
 chunk_id) among the rows whose *coarse* distance, that of their codes, is at most the C-th smallest
 one of all rows: all ties at that value included. Every part lists its own best rows with their coarse
 distances, and says from which coarse distance on it may have left some out; so the merge can tell
-whether it has seen enough. In an exact index the coarse distance is the distance, and C is k.
+whether it has seen enough. In an exact index the coarse distance is the distance, and C is k. So it is with graphs, as
+far as they lead to the rows.
 """
 
 from __future__ import annotations
@@ -32,6 +33,12 @@ class Candidates:
         """The same with chunk_ids in place of a segment's rows."""
         ids = np.where(self.ids < 0, -1, self.ids + chunk_id_base)
         return Candidates(self.coarse, self.distances, ids, self.hidden_from)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Candidates]) -> Candidates:
+        """Those of several batches of queries as of one; all with the same C."""
+        names = ("coarse", "distances", "ids", "hidden_from")
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)

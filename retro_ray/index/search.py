@@ -80,7 +80,9 @@ def search_parts(
     nprobe, todo = min(spec.nprobe, encoder.num_lists), np.arange(len(queries))
     while len(todo):
         prepared, asked = encoder.prepare(queries[todo], nprobe), np.arange(len(todo))
-        widening = _first_widening(num_candidates, None if excluded_ids is None else excluded_ids[todo])
+        widening = 1
+        if excluded_ids is not None and not spec.is_graph:  # a graph's segments see to it themselves
+            widening = _first_widening(num_candidates, excluded_ids[todo])
         while len(asked):
             rows = todo[asked]
             excluded = None if excluded_ids is None else excluded_ids[rows]
@@ -96,9 +98,7 @@ def search_parts(
     return distances, chunk_ids
 
 
-def _first_widening(num_candidates: int, excluded_ids: np.ndarray | None) -> int:
+def _first_widening(num_candidates: int, excluded_ids: np.ndarray) -> int:
     """Times as many candidates as are wanted, so that most queries are asked once."""
-    if excluded_ids is None:
-        return 1
     passed_over = np.where(excluded_ids[:, 0] < 0, 0, excluded_ids[:, 1] - excluded_ids[:, 0] + 1)
     return 1 + min(math.ceil(float(np.median(passed_over)) / num_candidates), _MOST_PASSED_OVER)

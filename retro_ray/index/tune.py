@@ -2,8 +2,8 @@
 
 Families of indexes are filled with keys of the database and searched with held-out queries, whose
 exact neighbours are known. A wide search tells for every number of lists visited how many candidates
-are needed; what reaches the target is timed, and the fastest once more, in turns. What was measured stays in the
-manifest as a curve.
+are needed; what reaches the target is timed, and the fastest once more, in turns. A graph has only one parameter to
+choose. What was measured stays in the manifest as a curve.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 
-from retro_ray.database.format import IndexSpec, OperatingPoint
+from retro_ray.database.format import GRAPH, IndexSpec, OperatingPoint
 from retro_ray.errors import ConfigError
 from retro_ray.index.build import fill_index, num_lists_for, num_lists_of, num_training_keys, train_index, with_lists
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
 from retro_ray.index.exact import ExactKeys
+from retro_ray.index.graph import MIN_DIM, Graph, bytes_per_row, has_graph, require_library
 from retro_ray.index.merge import Candidates
 from retro_ray.index.search import Ask, Wanted, search_parts
 from retro_ray.index.shard import IndexShard
@@ -34,8 +35,11 @@ NUM_QUERIES = 4_000
 """So many that the uncertainty of the recall costs little speed."""
 MAX_TRIAL_KEYS = 131_072
 """Families are compared on so many random keys of the database; the chosen one is then measured on all."""
+_GRAPH_DEGREE = 32
+"""64 is no faster at the same recall, and takes twice the memory."""
 _MAX_CANDIDATES = 320
 _NPROBE_STEP = 1.5
+_MIN_NPROBE, _MIN_EF = 4, 16
 _NUM_TIMINGS = 3
 _NUM_FINALISTS = 10
 _NUM_WITH_FEWER_LISTS = 3
@@ -49,14 +53,15 @@ _CONFIDENCE = 1.64
 
 
 def families(num_chunks: int, dim: int) -> list[str]:
-    """FAISS factory strings of compressed indexes worth a trial, for keys of `dim` dimensions.
+    """Factory strings of indexes worth a trial, for keys of `dim` dimensions.
 
-    Product quantization in 4 bits is scanned fastest; taking the first principal components before it
+    A graph, where there is memory for it, is fastest by far, and comes first: the others are then given up early. Of
+    codes, product quantization in 4 bits is scanned fastest; taking the first principal components before it
     makes the look-up tables smaller at the same quality. RaBitQ needs half the memory. 8-bit
     scalars need the most, and hardly any candidates.
     """
     lists = f"IVF{num_lists_for(num_chunks)}"
-    found = []
+    found = [f"{GRAPH}{_GRAPH_DEGREE}"] if dim >= MIN_DIM else []
     for components in sorted({dim, 2 * dim // 3, dim // 2, dim // 3}, reverse=True):
         if components and components % 4 == 0:
             rotation = "" if components == dim else f"PCA{components},"
@@ -108,6 +113,10 @@ def exact_trial(
     return Trial(queries, np.take_along_axis(ids, order, 1), excluded)
 
 
+Part = tuple[int, float, IndexShard]
+"""A segment as it is searched: id of its first row, share of the database's chunks, index."""
+
+
 @dataclass(frozen=True)
 class FilledIndex:
     """An index over some keys, as it is searched."""
@@ -116,26 +125,34 @@ class FilledIndex:
     bytes_per_chunk: float
     num_chunks: int
     encoder: QueryEncoder
-    ask: Ask
+    parts: Sequence[Part]
 
     @classmethod
     def fill(cls, factory: str, keys: np.ndarray, num_parts: int) -> FilledIndex:
         """Train and fill one on keys, float32 [n, D], in so many parts of about one size."""
         spec = IndexSpec(factory=factory)
-        codec = train_index(spec, keys.shape[1], keys[: num_training_keys(spec, len(keys))])
+        codec = None
+        if spec.has_codec:
+            codec = train_index(spec, keys.shape[1], keys[: num_training_keys(spec, len(keys))])
         bounds = np.linspace(0, len(keys), num_parts + 1).astype(int).tolist()
         parts, size = [], 0
         for start, stop in itertools.pairwise(bounds):
-            index = fill_index(faiss.clone_index(codec), [keys[start:stop]])
-            size += len(faiss.serialize_index(index))
-            parts.append((start, (stop - start) / len(keys), IndexShard(spec, keys[start:stop], index)))
-        return cls(factory, size / len(keys), len(keys), QueryEncoder(spec, codec), ask_parts(parts))
+            own, index = keys[start:stop], None
+            if codec is not None:
+                index = fill_index(faiss.clone_index(codec), [own])
+                size += len(faiss.serialize_index(index))
+            elif has_graph(spec, len(own)):
+                index = Graph.build(spec, own)
+                size += bytes_per_row(spec, keys.shape[1]) * len(own)
+            parts.append((start, len(own) / len(keys), IndexShard(spec, own, index)))
+        return cls(factory, size / len(keys), len(keys), QueryEncoder(spec, codec), parts)
 
     def search(self, spec: IndexSpec, trial: Trial) -> tuple[float, np.ndarray]:
         """The seconds that all queries of a trial take, and what is found, int64 [Q, k]."""
         start = time.perf_counter()
-        # The encoder's own nprobe is another spec's: search_parts goes by the spec.
-        _, ids = search_parts(trial.queries, NUM_NEIGHBOURS, spec, self.encoder, self.ask, trial.excluded_ids)
+        # The parameters of encoder and parts are another spec's.
+        ask = ask_parts([(base, share, shard.searched_as(spec)) for base, share, shard in self.parts])
+        _, ids = search_parts(trial.queries, NUM_NEIGHBOURS, spec, self.encoder, ask, trial.excluded_ids)
         return time.perf_counter() - start, ids
 
 
@@ -145,7 +162,8 @@ def choose_family(
     num_chunks: int,
     *,
     target_recall: float,
-    bytes_per_chunk: int | None = None,
+    bytes_per_chunk: float | None = None,
+    or_the_smallest: bool = False,
     num_parts: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[str, list[OperatingPoint]]:
@@ -159,11 +177,12 @@ def choose_family(
         num_chunks: of the whole database.
         target_recall: at NUM_NEIGHBOURS neighbours.
         bytes_per_chunk: most that an index may hold in memory per chunk; None: any.
+        or_the_smallest: where none that reaches the target fits into that, take the smallest that does.
         num_parts: to divide the keys into, so that a part is about as large as a shard of the database.
         report: told what was measured, line by line.
 
     Raises:
-        ConfigError: no family fits into `bytes_per_chunk` and reaches the target.
+        ConfigError: no family reaches the target, or fits into `bytes_per_chunk` then.
     """
     trial = exact_trial(queries, [(0, keys)])
     swept: list[tuple[FilledIndex, list[OperatingPoint]]] = []
@@ -182,19 +201,30 @@ def choose_family(
         report(f"{factory}: {reached}, {index.bytes_per_chunk:.0f} bytes per chunk")
 
     for factory in families(len(keys), keys.shape[1]):
+        if (why_not := _graph_problem(factory, keys.shape[1], bytes_per_chunk)) is not None:
+            report(f"{factory}: not tried, {why_not}")
+            continue
         try_family(factory)
     swept = in_turns(swept, affordable(), trial, target_recall)
-    for factory in fastest_families(affordable(), target_recall)[:_NUM_WITH_FEWER_LISTS]:
+    fastest = [factory for factory in fastest_families(affordable(), target_recall) if not _is_graph(factory)]
+    for factory in fastest[:_NUM_WITH_FEWER_LISTS]:
         try_family(with_lists(factory, num_lists_for(len(keys)) // 2))
     swept = in_turns(swept, affordable(), trial, target_recall)
     best = best_point(affordable(), target_recall)
     points = [point for _, of_index in swept for point in of_index]
+    if best is None and or_the_smallest:
+        reaching = [point for point in points if point.lower_recall >= target_recall]
+        best = min(reaching, key=lambda point: (point.bytes_per_chunk, -point.queries_per_s), default=None)
+    if best is None and (bytes_per_chunk is None or or_the_smallest):
+        raise ConfigError(f"no index reaches --target-recall {target_recall:g}: lower it, or set 1 for an exact search")
     if best is None:
         smallest = min(point.bytes_per_chunk for point in points)
         raise ConfigError(
             f"no index reaches --target-recall {target_recall:g} within --bytes-per-chunk {bytes_per_chunk}: "
             f"the smallest tried takes {smallest:.0f}; lower the one or raise the other"
         )
+    if _is_graph(best.factory):
+        return best.factory, points
     share = num_lists_of(best.factory) / num_lists_for(len(keys))
     return with_lists(best.factory, round(share * num_lists_for(num_chunks))), points
 
@@ -203,26 +233,31 @@ def sweep(index: FilledIndex, trial: Trial, target_recall: float, give_up_below:
     """Recall and speed of one filled index over the lists visited and the candidates ranked.
 
     For each number of lists: the fewest candidates that reach the target, or where none do, as many
-    as help. Ends where more lists only cost, or where it is slower than `give_up_below` queries/s.
+    as help. Of a graph: over the rows kept in view. Ends where more lists or rows only cost, or where it is slower than
+    `give_up_below` queries/s.
     """
     points: list[OperatingPoint] = []
+    is_graph = _is_graph(index.factory)
 
-    def try_lists(nprobe: int) -> None:
+    def try_nprobe(nprobe: int) -> None:
+        if is_graph:
+            points.append(measure(index, nprobe, 1.0, trial))
+            return
         wide = _wide_recall(index, trial, nprobe)
         passing = np.flatnonzero(wide >= target_recall)
         enough = passing[0] if len(passing) else np.flatnonzero(wide >= wide[-1] - 0.002)[0]
         num_candidates = max(NUM_NEIGHBOURS, int(enough) + 1)
         points.append(measure(index, nprobe, num_candidates / NUM_NEIGHBOURS, trial))
 
-    for nprobe in _grid(index.encoder.num_lists):
-        try_lists(nprobe)
+    for nprobe in _grid(_MIN_EF, index.num_chunks) if is_graph else _grid(_MIN_NPROBE, index.encoder.num_lists):
+        try_nprobe(nprobe)
         num_reaching = len([point for point in points if point.lower_recall >= target_recall])
         if num_reaching >= _NUM_REACHING or points[-1].queries_per_s < give_up_below:
             break
     best = best_point(points, target_recall)
     if best is not None:
         for nprobe in _around(best.nprobe, [point.nprobe for point in points]):
-            try_lists(nprobe)
+            try_nprobe(nprobe)
     return sorted(points, key=lambda point: point.nprobe)
 
 
@@ -293,7 +328,7 @@ def _wide_recall(index: FilledIndex, trial: Trial, nprobe: int) -> np.ndarray:
     """Lower bound of the recall with 1, 2, ... candidates, float64 [C]: from one search with many."""
     prepared = index.encoder.prepare(trial.queries, nprobe)
     # As many "neighbours" as candidates, ranked by their coarse distances, is what the cut goes by.
-    parts = index.ask(prepared, Wanted(_MAX_CANDIDATES), trial.excluded_ids)
+    parts = ask_parts(index.parts)(prepared, Wanted(_MAX_CANDIDATES), trial.excluded_ids)
     coarse = np.concatenate([part.coarse for part in parts], axis=1)
     ids = np.concatenate([part.ids for part in parts], axis=1)
     order = np.argsort(coarse, axis=1, kind="stable")[:, :_MAX_CANDIDATES]
@@ -302,8 +337,8 @@ def _wide_recall(index: FilledIndex, trial: Trial, nprobe: int) -> np.ndarray:
     return found.mean(axis=0) - _CONFIDENCE * found.std(axis=0) / math.sqrt(len(found))
 
 
-def _grid(num_lists: int) -> list[int]:
-    values = {min(num_lists, round(4 * _NPROBE_STEP**i)) for i in range(40)}
+def _grid(least: int, most: int) -> list[int]:
+    values = {min(most, round(least * _NPROBE_STEP**i)) for i in range(40)}
     return sorted(values)
 
 
@@ -318,8 +353,26 @@ def _around(nprobe: int, tried: Sequence[int]) -> list[int]:
     return sorted(found - set(tried))
 
 
-def ask_parts(parts: Sequence[tuple[int, float, IndexShard]]) -> Ask:
-    """Asks segments in this process: first id, share of the database's chunks, index of each."""
+def _is_graph(factory: str) -> bool:
+    return IndexSpec(factory=factory).is_graph
+
+
+def _graph_problem(factory: str, dim: int, bytes_per_chunk: float | None) -> str | None:
+    """Why a family is not worth building for a trial, if it is a graph; None: it is."""
+    if not _is_graph(factory):
+        return None
+    size = bytes_per_row(IndexSpec(factory=factory), dim)
+    if bytes_per_chunk is not None and size > bytes_per_chunk:
+        return f"takes {size:,} bytes per chunk, of at most {bytes_per_chunk:,.0f}"
+    try:
+        require_library()
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def ask_parts(parts: Sequence[Part]) -> Ask:
+    """Asks segments in this process."""
 
     def ask(queries: PreparedQueries, wanted: Wanted, excluded_ids: np.ndarray | None) -> list[Candidates]:
         return [

@@ -56,8 +56,8 @@ class ServedShard:
         directory: of the database.
         shard: which one; None: all of them.
         pinned: serve this manifest and no other, for a build that is not committed yet.
-        mmap: leave index and keys on disk and read what is looked at; the files' sizes are checked then,
-            not their checksums, since that would read all of them.
+        mmap: leave index and keys on disk and read what is looked at, but for a graph, which is read into memory; the
+            files' sizes are checked then, not their checksums, since that would read all of them.
 
     Raises:
         DatabaseError: a file is missing or damaged; names it.
@@ -126,14 +126,15 @@ class ServedShard:
 
     def _open(self, database: Database, part: Partition, known: dict[Hashable, IndexShard]) -> _Segment:
         manifest = database.manifest
-        listed = [path for path in (part.index, part.keys, part.chunks, part.documents) if path in manifest.files]
+        searched = part.index(manifest.index)
+        listed = [path for path in (searched, part.keys, part.chunks, part.documents) if path in manifest.files]
         identity = (part.folder, part.chunk_id_base, manifest.index, *(manifest.files[path].sha256 for path in listed))
         deleted = database.deleted.rows(part.chunk_id_base, part.num_chunks) if len(database.deleted) else None
         index = known.get(identity)
         if index is None:
             database.check_files(*listed, sizes_only=self._mmap)
-            keys, codes = (database.directory / path for path in (part.keys, part.index))
-            index = IndexShard.open(manifest.index, keys, codes, deleted, self._mmap)
+            keys, path = database.directory / part.keys, database.directory / searched
+            index = IndexShard.open(manifest.index, keys, path if searched in listed else None, deleted, self._mmap)
         else:
             index = copy.copy(index)  # searches that run now go on with what was deleted before
             index.set_deleted(deleted)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from retro_ray.config import RetrievalConfig
-from retro_ray.database.format import write_manifest
+from retro_ray.database.format import IndexSpec, write_manifest
 from retro_ray.database.store import Database
 from retro_ray.errors import RetrievalError
+from retro_ray.index import graph as graph_module
 from retro_ray.index.encoder import PreparedQueries
 from retro_ray.index.search import Wanted
 from retro_ray.ray_session import NAMESPACE
@@ -51,6 +53,41 @@ def queries(database: Database) -> np.ndarray:
 @pytest.fixture(scope="module")
 def expected(database: Database, queries: np.ndarray) -> NeighbourSet:
     return LocalRetriever.open(database).search(queries, K)
+
+
+def test_actors_search_graphs_as_one_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The segments of two shards: two have graphs, one is too small for any."""
+    monkeypatch.setattr(graph_module, "MIN_ROWS", 100)
+    keys = np.random.default_rng(0).standard_normal((1500, 64)).astype(np.float32)
+    home = write_home(tmp_path, [[1 + number % 90] for number in range(1500)], keys, [700, 1450], [0, 1, 1])
+    few_in_view = IndexSpec(factory="SymphonyQG32", nprobe=12)
+    database = with_indexes(home.database, index=few_in_view)
+    graphs = [segment.index(few_in_view) in database.manifest.files for segment in database.manifest.segments]
+    assert graphs == [True, True, False]
+    excluded = np.full((150, 2), -1)
+    excluded[:70] = np.arange(70)[:, None] * 10 + [0, 9]
+    expected = LocalRetriever.open(database).search_ids(keys[::10], K, excluded)
+    exact = LocalRetriever.open(with_flat_index(database), pinned=True).search_ids(keys[::10], K, excluded)
+    assert 0.5 < (expected[1] == exact[1]).mean() < 1, "graphs are searched, which do not find all"
+    with closing_actors(database):
+        found = ShardedRetriever(database).search_ids(keys[::10], K, excluded)
+        alone = ShardedRetriever(database).search_ids(keys[:1], K, excluded[:1])
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    for one, other in zip(alone, expected, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+
+
+def with_flat_index(database: Database) -> Database:
+    return Database(database.directory, replace(database.manifest, index=IndexSpec(factory="Flat")))
+
+
+@contextmanager
+def closing_actors(database: Database) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        stop_shard_actors(database.directory)
 
 
 def actor_of(database: Database, shard: int, replica: int = 0) -> Any:

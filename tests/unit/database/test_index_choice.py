@@ -13,8 +13,8 @@ from retro_ray.database.index_choice import (
     is_searched_exactly,
     train_codec,
 )
-from retro_ray.database.keys import key_blocks, write_keys
-from retro_ray.index.build import fill_index, read_index, write_index
+from retro_ray.database.keys import write_keys
+from retro_ray.index.build import index_segment
 
 DIM = 16
 AIMS = IndexAims(target_recall=0.8, bytes_per_chunk=None, seed=0)
@@ -45,9 +45,7 @@ def test_from_keys_to_the_search_of_a_database(tmp_path: Path, num_held_out: int
     codec = tmp_path / "codec.faiss"
     family = train_codec(tmp_path, segments, validation, AIMS, codec)
     for segment in segments:
-        index = fill_index(read_index(codec), key_blocks(tmp_path / segment.keys))
-        write_index(index, tmp_path / segment.index)
-        assert index.ntotal == segment.num_chunks
+        assert index_segment(family.spec, codec, tmp_path / segment.keys, tmp_path / segment.index(family.spec))
     choice = choose_search(tmp_path, segments, validation, AIMS, codec, family)
     assert choice.spec.factory == family.spec.factory
     assert choice.spec.nprobe >= 1

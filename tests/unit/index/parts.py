@@ -12,6 +12,7 @@ import numpy as np
 from retro_ray.database.format import IndexSpec
 from retro_ray.index.build import fill_index
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
+from retro_ray.index.graph import Graph, has_graph
 from retro_ray.index.merge import Candidates
 from retro_ray.index.search import Wanted, search_parts
 from retro_ray.index.shard import IndexShard
@@ -22,7 +23,7 @@ class Parts:
 
     Args:
         spec: the index.
-        codec: trained and empty; None for an exact index.
+        codec: trained and empty; None for an exact index and a graph.
         keys: float32 [n, D].
         cuts: ascending rows at which a new segment starts; equal ones make empty segments.
         deleted: bool [n].
@@ -44,7 +45,11 @@ class Parts:
         """Queries of each round of the searches so far."""
         for start, stop in pairwise([0, *cuts, len(keys)]):
             own = np.ascontiguousarray(keys[start:stop])
-            index = None if codec is None else fill_index(faiss.clone_index(codec), [own])
+            index: faiss.Index | Graph | None = None
+            if codec is not None:
+                index = fill_index(faiss.clone_index(codec), [own])
+            elif has_graph(spec, len(own)):
+                index = Graph.build(spec, own)
             self._shards.append((start, IndexShard(spec, own, index, None if deleted is None else deleted[start:stop])))
 
     def search(self, queries: np.ndarray, k: int, excluded: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

@@ -26,7 +26,7 @@ CHOSEN = IndexSpec(factory="IVF64,PQ8x4fs", nprobe=8, refine_factor=2.5)
 
 def test_the_table_marks_what_was_chosen() -> None:
     header, *lines = curve_table(POINTS, CHOSEN).splitlines()
-    assert header.split() == ["index", "keys", "lists", "refine", "recall@10", "queries/s", "bytes/chunk"]
+    assert header.split() == ["index", "keys", "nprobe", "refine", "recall@10", "queries/s", "bytes/chunk"]
     assert [line.startswith("*") for line in lines] == [False, True, False]
     assert lines[1].split() == ["*", "IVF64,PQ8x4fs", "120,000", "8", "2.5", "0.9600", "12,500", "80"]
     assert len({len(line) for line in [header, *lines]}) == 1

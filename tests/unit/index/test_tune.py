@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import sys
 
 import faiss
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 
 from retro_ray.database.format import IndexSpec, OperatingPoint
 from retro_ray.errors import ConfigError
+from retro_ray.index import tune
 from retro_ray.index.build import fill_index, num_training_keys, train_index
 from retro_ray.index.encoder import QueryEncoder
+from retro_ray.index.graph import Graph, bytes_per_row
 from retro_ray.index.search import search_parts
 from retro_ray.index.shard import IndexShard
 from retro_ray.index.tune import (
@@ -28,6 +31,7 @@ from retro_ray.index.tune import (
 
 DIM = 24
 TARGET = 0.9
+GRAPH = "SymphonyQG32"
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,78 @@ def test_a_budget_is_kept_or_refused(keys: np.ndarray) -> None:
         choose_family(rest, queries, **arguments, bytes_per_chunk=1)
 
 
+@pytest.fixture(scope="module")
+def long_keys() -> np.ndarray:
+    """In 64 dimensions, from which on a graph is offered."""
+    rng = np.random.default_rng(0)
+    centres = 2 * rng.standard_normal((60, 64))
+    return (centres[rng.integers(0, 60, 5200)] + rng.standard_normal((5200, 64))).astype(np.float32)
+
+
+@pytest.fixture
+def only_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph, and one family of codes."""
+    offered = families(5000, 64)
+    assert offered[0] == GRAPH
+    assert GRAPH not in families(5000, 32)
+    monkeypatch.setattr(tune, "families", lambda num_chunks, dim: [GRAPH, "IVF64,SQ8"])
+
+
+@pytest.mark.usefixtures("only_two")
+def test_a_graph_is_measured_beside_codes(long_keys: np.ndarray) -> None:
+    queries, rest = long_keys[:200], long_keys[200:]
+    lines: list[str] = []
+    _, points = choose_family(rest, queries, 10**6, target_recall=TARGET, num_parts=2, report=lines.append)
+    of_graph = [point for point in points if point.factory == GRAPH]
+    assert {point.bytes_per_chunk for point in of_graph} == {bytes_per_row(IndexSpec(factory=GRAPH), 64)}
+    assert {point.refine_factor for point in of_graph} == {1.0}
+    assert [point.nprobe for point in of_graph] == sorted({point.nprobe for point in of_graph})
+    best = best_point(of_graph, TARGET)
+    assert best is not None
+    assert "IVF32,SQ8" in {point.factory for point in points}, "a graph has no lists to halve"
+    assert len(lines) == 3
+
+
+def test_a_graph_keeps_its_name_in_a_larger_database(long_keys: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "families", lambda num_chunks, dim: [GRAPH])
+    factory, _ = choose_family(long_keys[200:], long_keys[:200], 10**6, target_recall=TARGET)
+    assert factory == GRAPH
+
+
+@pytest.mark.usefixtures("only_two")
+def test_a_graph_too_large_is_not_built(long_keys: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Graph, "build", None)
+    lines: list[str] = []
+    factory, points = choose_family(
+        long_keys[200:], long_keys[:200], 5000, target_recall=TARGET, bytes_per_chunk=500, report=lines.append
+    )
+    assert "SQ8" in factory
+    assert GRAPH not in {point.factory for point in points}
+    assert lines[0] == "SymphonyQG32: not tried, takes 896 bytes per chunk, of at most 500"
+
+
+@pytest.mark.usefixtures("only_two")
+def test_a_machine_without_the_library_has_the_other_families(
+    long_keys: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rabitqlib", None)
+    lines: list[str] = []
+    factory, _ = choose_family(long_keys[200:], long_keys[:200], 5000, target_recall=TARGET, report=lines.append)
+    assert "SQ8" in factory
+    assert "rabitqlib cannot be imported" in lines[0]
+
+
+@pytest.mark.usefixtures("only_two")
+def test_where_nothing_fits_the_smallest_is_taken_if_that_is_allowed(long_keys: np.ndarray) -> None:
+    arguments = {"num_chunks": 5000, "target_recall": TARGET, "bytes_per_chunk": 1}
+    factory, points = choose_family(long_keys[200:], long_keys[:200], **arguments, or_the_smallest=True)
+    reaching = [point for point in points if point.lower_recall >= TARGET]
+    smallest = min(reaching, key=lambda point: point.bytes_per_chunk)
+    assert factory == smallest.factory
+    with pytest.raises(ConfigError, match="within --bytes-per-chunk 1: the smallest tried takes"):
+        choose_family(long_keys[200:], long_keys[:200], **arguments)
+
+
 def test_segments_are_tuned_as_one_index(keys: np.ndarray) -> None:
     """The recall of a setting does not depend on how the keys are divided."""
     queries, rest = keys[:200], keys[200:]
@@ -107,7 +183,7 @@ def test_segments_are_tuned_as_one_index(keys: np.ndarray) -> None:
             index = fill_index(faiss.clone_index(codec), [rest[start:stop]])
             parts.append((start, (stop - start) / len(rest), IndexShard(spec, rest[start:stop], index)))
         trial = exact_trial(queries, [(start, rest[start:stop]) for start, stop in itertools.pairwise(cuts)])
-        index = FilledIndex(spec.factory, 1.0, len(rest), QueryEncoder(spec, codec), ask_parts(parts))
+        index = FilledIndex(spec.factory, 1.0, len(rest), QueryEncoder(spec, codec), parts)
         measured.append(measure(index, spec.nprobe, spec.refine_factor, trial).recall)
     assert measured[0] == measured[1] > 0.8
 

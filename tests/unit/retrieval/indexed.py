@@ -8,7 +8,7 @@ import numpy as np
 
 from retro_ray.database.format import FileRecord, Manifest, file_record, write_manifest
 from retro_ray.database.store import Database
-from retro_ray.index.build import fill_index, read_index, train_index, write_index
+from retro_ray.index.build import index_segment, train_index, write_index
 
 
 def with_indexes(database: Database, **changes: Any) -> Database:
@@ -17,14 +17,17 @@ def with_indexes(database: Database, **changes: Any) -> Database:
     files: dict[str, FileRecord] = dict(manifest.files)
     keys = [store.keys for store in database.segments]
     paths = [segment.keys for segment in manifest.segments]
-    if not manifest.index.is_exact:
+    codec = None
+    if manifest.index.has_codec:
         codec = f"{manifest.build}/codec.faiss"
         write_index(train_index(manifest.index, manifest.key_dim, np.concatenate(keys)), database.directory / codec)
-        for segment, own_keys in zip(manifest.segments, keys, strict=True):
-            index = fill_index(read_index(database.directory / codec), [own_keys])
-            write_index(index, database.directory / segment.index)
-        paths += [codec, *(segment.index for segment in manifest.segments)]
+        paths.append(codec)
         manifest = Manifest(**{**vars(manifest), "codec": codec})
+    trained = None if codec is None else database.directory / codec
+    for segment in manifest.segments:
+        index = segment.index(manifest.index)
+        if index_segment(manifest.index, trained, database.directory / segment.keys, database.directory / index):
+            paths.append(index)
     files |= {path: file_record(database.directory / path) for path in paths}
     manifest = Manifest(**{**vars(manifest), "files": files})
     write_manifest(database.directory, manifest)
