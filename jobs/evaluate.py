@@ -41,8 +41,8 @@ class EvaluateJob:
     near_duplicates: bool = False
     """List the documents of which the database has nearly the same one: all of its text is read."""
     sweep: tuple[Literal["k", "share", "nprobe", "parts", "rerank"], ...] = ()
-    """Score along these, too: number of neighbours, random shares of the database, lists that an index visits, what of
-    the neighbours is shown, reranking."""
+    """Score along these, too: number of neighbours, random shares of the database, lists that an index visits (or rows
+    of a graph that it keeps in view), what of the neighbours is shown, reranking."""
     after: Path | None = None
     """Home of a database after an update: score the checkpoint with its neighbours, and with those of the state before
     it, in place of all else."""

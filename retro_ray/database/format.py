@@ -201,7 +201,7 @@ class OperatingPoint:
     queries_per_s: float
     """In batches, on the machine that built the database."""
     bytes_per_chunk: float
-    """In memory, the keys not counted."""
+    """In memory, the keys beside it not counted; a graph holds a copy of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -70,7 +70,7 @@ _ORDERED = ("k", "share", "nprobe")
 AXIS_NAMES = {
     "k": "neighbours per chunk",
     "share": "share of the database's documents",
-    "nprobe": "lists of the index that are visited",
+    "nprobe": "lists of the index that are visited, or rows of a graph in view",
     "parts": "what of the neighbours is shown",
     "rerank": "reranking of the neighbours",
 }

@@ -15,8 +15,9 @@ from retro_ray.evaluation.own_text import first_neighbours
 from retro_ray.evaluation.subject import open_subject
 from retro_ray.evaluation.sweeps import sweep, with_share_of_documents
 from retro_ray.evaluation.tables import sweep_table
+from retro_ray.index import graph as graph_module
 from retro_ray.training.checkpoint import load_model
-from tests.unit.database.editing import NUM_NEIGHBOURS, document, write_database
+from tests.unit.database.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
 from tests.unit.evaluation.trained import save_run
 from tests.unit.retrieval.indexed import with_indexes
 
@@ -76,6 +77,20 @@ def test_an_exact_index_and_missing_statistics_are_said(home: Path) -> None:
     assert result["points"] == []
     assert "the index of this database is exact" in sweep_table(result)
     assert "no token statistics" in result["notes"][1]
+
+
+def test_rows_of_a_graph_in_view_up_to_an_exact_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HashEmbedder, "dim", 64)
+    monkeypatch.setattr(graph_module, "MIN_ROWS", 40)
+    held_out = [document(f"v{number}") for number in range(4)]
+    database = write_database(tmp_path, [document(f"d{number}") for number in range(60)], validation=held_out)
+    database = with_indexes(database, index=IndexSpec(factory="SymphonyQG32", nprobe=40))
+    manifest = database.manifest
+    assert all(segment.index(manifest.index) in manifest.files for segment in manifest.segments)
+    save_run(tmp_path, database)
+    with open_subject(tmp_path) as subject:
+        result = sweep(subject, ["nprobe"])
+    assert [point["value"] for point in result["points"]] == ["16", "32", "40", "exact"]
 
 
 def test_lists_visited_up_to_an_exact_search(tmp_path: Path) -> None:
