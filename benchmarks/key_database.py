@@ -76,13 +76,20 @@ class KeyDatabase:
     target_recall: float
 
     @classmethod
-    def build(cls, keys: np.ndarray, held_out: np.ndarray, target_recall: float, num_shards: int) -> KeyDatabase:
+    def build(
+        cls,
+        keys: np.ndarray,
+        held_out: np.ndarray,
+        target_recall: float,
+        num_shards: int,
+        bytes_per_chunk: int | None = None,
+    ) -> KeyDatabase:
         """Write keys, choose the index as a build does, fill it."""
         folder = Path(tempfile.mkdtemp(prefix="retro-ray-keys-"))
         directory = folder / "database"
         segments = _write_segments(directory, keys, num_shards)
         validation = _write_partition(directory, "validation", -1, -1, held_out)
-        aims = IndexAims(target_recall, None, 0)
+        aims = IndexAims(target_recall, bytes_per_chunk, 0)
         codec = directory / "bench" / "codec.faiss"
         choice = IndexChoice(IndexSpec(factory="Flat"))
         if not is_searched_exactly(len(keys), keys.shape[1], target_recall):
@@ -107,7 +114,7 @@ class KeyDatabase:
         choice = IndexChoice(manifest.index, manifest.index_curve)
         if manifest.index.is_graph:
             validation = _write_partition(directory, "validation", -1, -1, self.held_out)
-            aims = IndexAims(self.target_recall, None, 0)
+            aims = IndexAims(self.target_recall, None, 0)  # of which the search needs the first
             choice = choose_search(directory, segments, validation, aims, codec, choice)
         database = _commit(directory, segments, choice, keys.shape[1])
         return KeyDatabase(folder, database, self.held_out, self.target_recall)

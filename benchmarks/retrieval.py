@@ -1,8 +1,9 @@
 """How fast and how well are neighbours found, beside exact search and the index that a peer ships?
 
-Queries are chunks of documents that are held out of the keys. The index is chosen as a build in as many shards would
-choose it; where that is a graph, the database in shards and the undivided one are each searched with a parameter of
-their own. All contenders take turns on the same queries in one run; medians are reported.
+Queries are chunks of documents that are held out of the keys. Two databases in shards are measured, their indexes
+chosen as a build would: "codes", as it comes, and "ours", with so much memory granted that a graph may be chosen. Each
+is searched undivided, in its shards in this process, and over shard actors. (A graph is a shard's own: undivided it is
+another one, with a parameter of its own.) All contenders take turns on the same queries in one run; medians count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,6 @@ import numpy as np
 
 from benchmarks.key_database import KeyDatabase, cached_keys
 from retro_ray.command_line import parse, run
-from retro_ray.database.format import IndexSpec
 from retro_ray.index.curve import curve_table, plot_curve
 from retro_ray.ray_session import connect
 from retro_ray.retrieval.local import LocalRetriever
@@ -50,6 +51,8 @@ class RetrievalBenchmark:
     num_queries: int = 8_192
     num_shards: int = 4
     target_recall: float = 0.95
+    bytes_per_chunk: int = 4096
+    """Granted to the index of "ours"."""
     json: Path | None = None
     """Write the metrics to this file."""
     plots: Path = Path("results")
@@ -68,68 +71,98 @@ def measure(benchmark: RetrievalBenchmark) -> dict[str, Any]:
     queries = np.ascontiguousarray(held_out[np.sort(chosen)])
     num_threads = os.cpu_count() or 1
     faiss.omp_set_num_threads(num_threads)
-    with KeyDatabase.build(keys, held_out, benchmark.target_recall, benchmark.num_shards) as divided:
-        connect()
-        with divided.divided(1) as whole:
-            local = LocalRetriever.open(whole.database)
-            local_shards = LocalRetriever.open(divided.database)
-            sharded = ShardedRetriever(divided.database)
-            sharded.wait_until_ready()
-            contenders: dict[str, Search] = {
-                "exact": _exact(keys),
-                "ivfpq": _peer(keys),
-                "ours": lambda some: local.search_ids(some, _K)[1],
-                "ours in shards": lambda some: local_shards.search_ids(some, _K)[1],
-                "sharded": lambda some: sharded.search_ids(some, _K)[1],
-            }
-            qps, found = _in_turns(contenders, queries)
-            single_ms = {
-                name: _single_query_ms(contenders[name], queries[:_NUM_SINGLE_QUERIES]) for name in ("ours", "sharded")
-            }
-            stop_shard_actors(divided.database.directory)
-            spec_of_whole = whole.database.manifest.index
-        manifest = divided.database.manifest
+    shape = keys, held_out, benchmark.target_recall, benchmark.num_shards
+    with ExitStack() as stack:
+        ours = _Searches(stack, KeyDatabase.build(*shape, benchmark.bytes_per_chunk))
+        codes = _Searches(stack, KeyDatabase.build(*shape))
+        contenders: dict[str, Search] = {
+            "exact": _exact(keys),
+            "ivfpq": _peer(keys),
+            **{f"ours {name}": search for name, search in ours.by_name.items()},
+            **{f"codes {name}": search for name, search in codes.by_name.items()},
+        }
+        qps, found = _in_turns(contenders, queries)
+        single_ms = {
+            name: _single_query_ms(contenders[name], queries[:_NUM_SINGLE_QUERIES])
+            for name in ("ours undivided", "ours over actors")
+        }
+        manifest = ours.divided.database.manifest
         benchmark.plots.mkdir(parents=True, exist_ok=True)
         if manifest.index_curve:
             plot = benchmark.plots / "retrieval-families.png"
             plot_curve(manifest.index_curve, manifest.index, benchmark.target_recall, plot)
             print(curve_table(manifest.index_curve, manifest.index))
-        index_bytes = divided.index_bytes_per_chunk
+        described = {"index": ours.describe(), "index_of_codes": codes.describe()}
+        index_bytes, index_bytes_of_codes = (own.divided.index_bytes_per_chunk for own in (ours, codes))
     recall = {name: _recall(found[name], found["exact"]) for name in contenders}
     growth = [_measure_size(keys, held_out, queries, size, benchmark) for size in benchmark.sizes if size <= len(keys)]
-    _plot_growth(growth, benchmark.plots / "retrieval-growth.png")
+    if growth:
+        _plot_growth(growth, benchmark.plots / "retrieval-growth.png")
     p50 = {name: statistics.median(times) for name, times in single_ms.items()}
     return {
         "num_keys": len(keys),
         "num_queries": len(queries),
         "num_threads": num_threads,
-        "index": _described(manifest.index),
-        "index_undivided": _described(spec_of_whole),
-        "recall_at_10": recall["ours"],
-        "recall_at_10_sharded": recall["sharded"],
+        **described,
+        "recall_at_10": recall["ours undivided"],
+        "recall_at_10_sharded": recall["ours over actors"],
+        "recall_at_10_codes": recall["codes undivided"],
         "recall_at_10_ivfpq": recall["ivfpq"],
-        "sharded_equals_whole": bool((found["sharded"] == found["ours"]).all()),  # not so with graphs
-        "sharded_equals_same_segments": bool((found["sharded"] == found["ours in shards"]).all()),
         "qps_exact": qps["exact"],
         "qps_ivfpq": qps["ivfpq"],
-        "qps_batch": qps["ours"],
-        "qps_batch_sharded": qps["sharded"],
-        "speedup_over_ivfpq": qps["ours"] / qps["ivfpq"],
-        "sharded_efficiency": qps["sharded"] / qps["ours"],
+        "qps_batch": qps["ours undivided"],
         "qps_batch_same_shards_in_process": qps["ours in shards"],
-        "actors_efficiency": qps["sharded"] / qps["ours in shards"],
-        "p50_ms_single": p50["ours"],
-        "p50_ms_single_sharded": p50["sharded"],
-        "p99_ms_single_sharded": float(np.quantile(single_ms["sharded"], 0.99)),
-        "added_ms_single": p50["sharded"] - p50["ours"],
+        "qps_batch_sharded": qps["ours over actors"],
+        "qps_codes": qps["codes undivided"],
+        "qps_codes_same_shards_in_process": qps["codes in shards"],
+        "qps_codes_sharded": qps["codes over actors"],
+        "speedup_over_ivfpq": qps["ours undivided"] / qps["ivfpq"],
+        "speedup_over_ivfpq_of_codes": qps["codes undivided"] / qps["ivfpq"],
+        # What actors cost, and what dividing and actors cost together.
+        **{
+            key: qps[f"{name} over actors"] / qps[f"{name} {whole}"]
+            for name, suffix in (("ours", ""), ("codes", "_of_codes"))
+            for key, whole in (
+                (f"sharded_efficiency{suffix}", "in shards"),
+                (f"sharded_over_undivided{suffix}", "undivided"),
+            )
+        },
+        "codes_sharded_equals_whole": bool((found["codes over actors"] == found["codes undivided"]).all()),
+        "sharded_equals_same_segments": bool((found["ours over actors"] == found["ours in shards"]).all()),
+        "p50_ms_single": p50["ours undivided"],
+        "p50_ms_single_sharded": p50["ours over actors"],
+        "p99_ms_single_sharded": float(np.quantile(single_ms["ours over actors"], 0.99)),
+        "added_ms_single": p50["ours over actors"] - p50["ours undivided"],
         "bytes_per_chunk": index_bytes,
+        "bytes_per_chunk_of_codes": index_bytes_of_codes,
         "key_bytes_per_chunk_on_disk": 4 * keys.shape[1],
         "growth": growth,
     }
 
 
-def _described(spec: IndexSpec) -> str:
-    return f"{spec.factory} nprobe {spec.nprobe} refine {spec.refine_factor:g}"
+class _Searches:
+    """A database in shards, and the same keys undivided, as they are searched until the stack is left."""
+
+    def __init__(self, stack: ExitStack, divided: KeyDatabase) -> None:
+        self.divided = stack.enter_context(divided)
+        self._whole = stack.enter_context(divided.divided(1))
+        connect()
+        undivided, in_shards = (LocalRetriever.open(own.database) for own in (self._whole, divided))
+        over_actors = ShardedRetriever(divided.database)
+        stack.callback(stop_shard_actors, divided.database.directory)
+        over_actors.wait_until_ready()
+        self.by_name: dict[str, Search] = {
+            "undivided": lambda some: undivided.search_ids(some, _K)[1],
+            "in shards": lambda some: in_shards.search_ids(some, _K)[1],
+            "over actors": lambda some: over_actors.search_ids(some, _K)[1],
+        }
+
+    def describe(self) -> str:
+        """Its index."""
+        spec, of_whole = (own.database.manifest.index for own in (self.divided, self._whole))
+        if spec.is_graph:
+            return f"{spec.factory}, ef {of_whole.nprobe} undivided, {spec.nprobe} in shards"
+        return f"{spec.factory}, {spec.nprobe} lists, {spec.refine_factor:g} candidates per neighbour"
 
 
 def _exact(keys: np.ndarray) -> Search:
@@ -179,7 +212,7 @@ def _recall(found: np.ndarray, exact: np.ndarray) -> float:
 def _measure_size(
     keys: np.ndarray, held_out: np.ndarray, queries: np.ndarray, size: int, benchmark: RetrievalBenchmark
 ) -> dict[str, Any]:
-    """One database of `size` random keys, in process."""
+    """One database of `size` random keys, in process, with an index as it comes."""
     rows = np.sort(np.random.default_rng(size).choice(len(keys), size, replace=False))
     some = np.ascontiguousarray(keys[rows])
     with KeyDatabase.build(some, held_out, benchmark.target_recall, num_shards=1) as whole:

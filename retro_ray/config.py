@@ -72,9 +72,9 @@ class DatabaseConfig:
     target_recall: float = 0.95
     """Share of the exact 10 nearest neighbours that the index is to find; 1 searches exactly, however slowly."""
     bytes_per_chunk: int | None = None
-    """Most memory that an index may take per chunk. Codes take some dozens of bytes beside the keys, which stay on the
-    disk; a graph, several times as fast, takes some thousands. Default: what makes a quarter of the memory of this
-    machine for all chunks; where nothing that reaches --target-recall fits into that, the smallest that does."""
+    """Most memory that an index may take per chunk, its keys not counted. Default: what the fastest codes take, some
+    dozens of bytes. Where it is set so high that a graph fits (3,456 for keys of 384 dimensions), one is tried: several
+    times as fast, but a shard's own, so that in other shards, or another build, other neighbours may be missed."""
     exclude_near: tuple[str, ...] = ()
     """Leave out documents that are nearly the same as one of these files, folders and globs, a test set say: whose
     13-grams of tokens overlap with its by 80 % or more."""
@@ -119,7 +119,8 @@ class RetrievalConfig:
     (partial), or fail."""
     mmap: bool = False
     """Leave indexes and keys on disk and read what is looked at: for a database larger than memory.
-    A graph (see --bytes-per-chunk) is read into memory all the same. Actors that run already stay as they are."""
+    A graph (jobs/index.py --bytes-per-chunk) is read into memory all the same. Actors that run already stay as they
+    are."""
     rerank: RerankMethod | None = None
     """How neighbours are reordered; default: as those were that the database stores."""
     num_rerank_candidates: int | None = None

@@ -1,8 +1,7 @@
 """Which index a database gets: measured on its own keys, by queries that are held out.
 
 In two steps, around the filling of the segments' indexes: the family is chosen on a sample of the
-keys, the search parameters on all of them. Unless it is said how much memory an index may take, it may take a share of
-this machine's: the fastest, a graph, is larger than the texts it finds.
+keys, the search parameters on all of them.
 """
 
 from __future__ import annotations
@@ -44,9 +43,6 @@ _KEYS_PER_QUERY = 8
 """Where no documents are held out, so many keys remain for each one that serves as a query."""
 _MIN_HELD_OUT = 250
 """Fewer held-out chunks measure too little."""
-_SHARE_OF_MEMORY = 0.25
-"""Of this machine, that an index may take by default. (All shards may lie on one machine.)"""
-_MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,7 @@ class IndexAims:
 
     target_recall: float
     bytes_per_chunk: int | None
-    """Most memory per chunk; None: what makes a quarter of this machine's, if that is enough for any index."""
+    """Most memory per chunk; None: that of any codes."""
     seed: int
 
 
@@ -104,8 +100,7 @@ def train_codec(
         held_out,
         num_chunks,
         target_recall=aims.target_recall,
-        bytes_per_chunk=aims.bytes_per_chunk or _SHARE_OF_MEMORY * _memory_bytes() / num_chunks,
-        or_the_smallest=aims.bytes_per_chunk is None,
+        bytes_per_chunk=aims.bytes_per_chunk,
         num_parts=math.ceil(len(segments) * len(order) / num_chunks),
         report=lambda line: logger.info("  %s", line),
     )
@@ -175,13 +170,6 @@ def _held_out_keys(directory: Path, validation: Partition | None, seed: int) -> 
     if validation is None or validation.num_chunks < _MIN_HELD_OUT:
         return None
     return sample_keys([directory / validation.keys], NUM_QUERIES, seed)
-
-
-def _memory_bytes() -> int:
-    """Of this machine, or of the container that this runs in."""
-    of_machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _MEMORY_LIMIT.read_text().strip() if _MEMORY_LIMIT.exists() else "max"
-    return min(of_machine, int(limit)) if limit.isdigit() else of_machine
 
 
 def _use_all_cpus() -> None:

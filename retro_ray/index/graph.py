@@ -36,7 +36,7 @@ MIN_DIM = 64
 MIN_ROWS = 2_048
 """A segment with fewer is compared as a whole in about the time of a walk (32 microseconds in batches, where a walk
 takes 25), and has no graph to build."""
-_EF_CONSTRUCTION = 200
+_EF_CONSTRUCTION = 400
 _EXACT_FROM = 16
 """Comparing so many rows takes no longer than keeping one more in view: a wider walk would be slower than no walk."""
 _ROWS_WHEN_TUNED, _ROWS_FOR_AS_MANY_AGAIN = 14, 20

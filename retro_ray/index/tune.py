@@ -55,10 +55,9 @@ _CONFIDENCE = 1.64
 def families(num_chunks: int, dim: int) -> list[str]:
     """Factory strings of indexes worth a trial, for keys of `dim` dimensions.
 
-    A graph, where there is memory for it, is fastest by far, and comes first: the others are then given up early. Of
-    codes, product quantization in 4 bits is scanned fastest; taking the first principal components before it
-    makes the look-up tables smaller at the same quality. RaBitQ needs half the memory. 8-bit
-    scalars need the most, and hardly any candidates.
+    A graph is fastest by far, and comes first: the others are then given up early. Of codes, product quantization in
+    4 bits is scanned fastest; taking the first principal components before it makes the look-up tables smaller at the
+    same quality. RaBitQ needs half the memory. 8-bit scalars need the most, and hardly any candidates.
     """
     lists = f"IVF{num_lists_for(num_chunks)}"
     found = [f"{GRAPH}{_GRAPH_DEGREE}"] if dim >= MIN_DIM else []
@@ -162,8 +161,7 @@ def choose_family(
     num_chunks: int,
     *,
     target_recall: float,
-    bytes_per_chunk: float | None = None,
-    or_the_smallest: bool = False,
+    bytes_per_chunk: int | None = None,
     num_parts: int = 1,
     report: Callable[[str], None] = lambda line: None,
 ) -> tuple[str, list[OperatingPoint]]:
@@ -176,8 +174,7 @@ def choose_family(
         queries: float32 [Q, D], not among them.
         num_chunks: of the whole database.
         target_recall: at NUM_NEIGHBOURS neighbours.
-        bytes_per_chunk: most that an index may hold in memory per chunk; None: any.
-        or_the_smallest: where none that reaches the target fits into that, take the smallest that does.
+        bytes_per_chunk: most that an index may hold in memory per chunk; None: any codes, but no graph.
         num_parts: to divide the keys into, so that a part is about as large as a shard of the database.
         report: told what was measured, line by line.
 
@@ -201,7 +198,7 @@ def choose_family(
         report(f"{factory}: {reached}, {index.bytes_per_chunk:.0f} bytes per chunk")
 
     for factory in families(len(keys), keys.shape[1]):
-        if (why_not := _graph_problem(factory, keys.shape[1], bytes_per_chunk)) is not None:
+        if _is_graph(factory) and (why_not := _graph_problem(factory, keys.shape[1], bytes_per_chunk)) is not None:
             report(f"{factory}: not tried, {why_not}")
             continue
         try_family(factory)
@@ -212,10 +209,7 @@ def choose_family(
     swept = in_turns(swept, affordable(), trial, target_recall)
     best = best_point(affordable(), target_recall)
     points = [point for _, of_index in swept for point in of_index]
-    if best is None and or_the_smallest:
-        reaching = [point for point in points if point.lower_recall >= target_recall]
-        best = min(reaching, key=lambda point: (point.bytes_per_chunk, -point.queries_per_s), default=None)
-    if best is None and (bytes_per_chunk is None or or_the_smallest):
+    if best is None and bytes_per_chunk is None:
         raise ConfigError(f"no index reaches --target-recall {target_recall:g}: lower it, or set 1 for an exact search")
     if best is None:
         smallest = min(point.bytes_per_chunk for point in points)
@@ -357,13 +351,11 @@ def _is_graph(factory: str) -> bool:
     return IndexSpec(factory=factory).is_graph
 
 
-def _graph_problem(factory: str, dim: int, bytes_per_chunk: float | None) -> str | None:
-    """Why a family is not worth building for a trial, if it is a graph; None: it is."""
-    if not _is_graph(factory):
-        return None
+def _graph_problem(factory: str, dim: int, bytes_per_chunk: int | None) -> str | None:
+    """Why a graph is not worth building for a trial; None: it is."""
     size = bytes_per_row(IndexSpec(factory=factory), dim)
-    if bytes_per_chunk is not None and size > bytes_per_chunk:
-        return f"takes {size:,} bytes per chunk, of at most {bytes_per_chunk:,.0f}"
+    if bytes_per_chunk is None or size > bytes_per_chunk:
+        return f"it takes {size:,} bytes per chunk (--bytes-per-chunk)"
     try:
         require_library()
     except ConfigError as error:

@@ -54,9 +54,16 @@ def document(name: str, text: str | None = None) -> Document:
 
 
 def write_database(
-    home: Path, documents: Sequence[Document], *, num_shards: int = 2, validation: Sequence[Document] = ()
+    home: Path,
+    documents: Sequence[Document],
+    *,
+    num_shards: int = 2,
+    validation: Sequence[Document] = (),
+    bytes_per_chunk: int | None = None,
 ) -> Database:
-    """A database of these documents as a build leaves it, made without Ray; exact index."""
+    """A database of these documents as a build leaves it, made without Ray; exact index, `bytes_per_chunk` for a later
+    one.
+    """
     directory = database_directory(home)
     build = directory / "built"
     tokenizer = train_tokenizer(tiny_texts(40, seed=0), 300, "train:300")
@@ -90,6 +97,7 @@ def write_database(
         generation=1,
         built_generation=1,
         next_chunk_id=base,
+        settings={"database": {"bytes_per_chunk": bytes_per_chunk}},
         files={str(path.relative_to(directory)): file_record(path) for path in files},
     )
     return _with_neighbours(Database(directory, manifest))

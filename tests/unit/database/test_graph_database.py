@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig
-from retro_ray.database import build, compact, index_choice
+from retro_ray.database import build, compact
 from retro_ray.database.build import DatabaseBuilder
 from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.format import IndexSpec, Partition
-from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search, train_codec
+from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search
 from retro_ray.database.keys import write_keys
 from retro_ray.database.store import Database
 from retro_ray.database.summary import describe
-from retro_ray.errors import ConfigError, DatabaseError
+from retro_ray.errors import DatabaseError
 from retro_ray.index import graph as graph_module
 from retro_ray.index import tune
 from retro_ray.index.graph import bytes_per_row
@@ -44,7 +44,9 @@ def graphs_of_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def home(tmp_path: Path) -> Path:
     """Two shards with a graph each, as compacting leaves them."""
     documents = [document(f"d{number}", f"d{number} " + "alpha beta gamma " * 3) for number in range(160)]
-    write_database(tmp_path, documents, validation=[document(f"v{number}") for number in range(6)])
+    write_database(
+        tmp_path, documents, validation=[document(f"v{number}") for number in range(6)], bytes_per_chunk=1000
+    )
     DatabaseEditor(tmp_path, embedder=HashEmbedder()).compact()
     return tmp_path
 
@@ -162,7 +164,7 @@ def write_partition(directory: Path, name: str, base: int, keys: np.ndarray) -> 
 def test_a_build_goes_on_with_the_graphs_that_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No two of the same keys are the same: what is finished stays, and the rest is built."""
     keys = np.random.default_rng(0).standard_normal((1000, DIM)).astype(np.float32)
-    builder = DatabaseBuilder(tmp_path, CorpusConfig(), DatabaseConfig(target_recall=0.8))
+    builder = DatabaseBuilder(tmp_path, CorpusConfig(), DatabaseConfig(target_recall=0.8, bytes_per_chunk=1000))
     builder._build_id, builder._key_dim = "built", DIM
     directory = tmp_path / "database"
     sizes = np.cumsum([0, 400, 100, 500])
@@ -188,31 +190,6 @@ def test_a_build_goes_on_with_the_graphs_that_are_there(tmp_path: Path, monkeypa
 
 def best_reached(choice: IndexChoice) -> float:
     return [point.recall for point in choice.curve if point.nprobe == choice.spec.nprobe][-1]
-
-
-def test_by_default_a_quarter_of_the_memory_is_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "families", lambda num_chunks, dim: [SPEC.factory, "IVF64,SQ8"])
-    keys = np.random.default_rng(0).standard_normal((1200, DIM)).astype(np.float32)
-    segments = [write_partition(tmp_path, "s", 0, keys)]
-    for memory, graph_is_tried in [(1000 * 4 * len(keys), True), (800 * 4 * len(keys), False), (4, False)]:
-        monkeypatch.setattr(index_choice, "_memory_bytes", lambda memory=memory: memory)
-        choice = train_codec(tmp_path, segments, None, IndexAims(0.5, None, 0), tmp_path / "codec.faiss")
-        assert any(point.factory == SPEC.factory for point in choice.curve) == graph_is_tried
-    monkeypatch.setattr(index_choice, "_memory_bytes", lambda: 4)
-    choice = train_codec(tmp_path, segments, None, IndexAims(0.5, 1000, 0), tmp_path / "codec.faiss")
-    assert any(point.factory == SPEC.factory for point in choice.curve), "what is asked for decides"
-    with pytest.raises(ConfigError, match="--bytes-per-chunk 1:"):
-        train_codec(tmp_path, segments, None, IndexAims(0.5, 1, 0), tmp_path / "codec.faiss")
-
-
-def test_the_memory_is_that_of_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(index_choice, "_MEMORY_LIMIT", limit)
-    of_machine = index_choice._memory_bytes()
-    assert of_machine > 1 << 30
-    for content, expected in [("max\n", of_machine), ("1048576\n", 1 << 20), (f"{1 << 62}\n", of_machine)]:
-        limit.write_text(content)
-        assert index_choice._memory_bytes() == expected
 
 
 def test_choosing_the_search_of_segments_with_and_without_graphs(tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from retro_ray.index.tune import (
 DIM = 24
 TARGET = 0.9
 GRAPH = "SymphonyQG32"
+ENOUGH = 896
+"""Bytes per chunk that a graph over 64 dimensions takes."""
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +122,9 @@ def only_two(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_graph_is_measured_beside_codes(long_keys: np.ndarray) -> None:
     queries, rest = long_keys[:200], long_keys[200:]
     lines: list[str] = []
-    _, points = choose_family(rest, queries, 10**6, target_recall=TARGET, num_parts=2, report=lines.append)
+    _, points = choose_family(
+        rest, queries, 10**6, target_recall=TARGET, bytes_per_chunk=ENOUGH, num_parts=2, report=lines.append
+    )
     of_graph = [point for point in points if point.factory == GRAPH]
     assert {point.bytes_per_chunk for point in of_graph} == {bytes_per_row(IndexSpec(factory=GRAPH), 64)}
     assert {point.refine_factor for point in of_graph} == {1.0}
@@ -133,20 +137,23 @@ def test_a_graph_is_measured_beside_codes(long_keys: np.ndarray) -> None:
 
 def test_a_graph_keeps_its_name_in_a_larger_database(long_keys: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "families", lambda num_chunks, dim: [GRAPH])
-    factory, _ = choose_family(long_keys[200:], long_keys[:200], 10**6, target_recall=TARGET)
+    factory, _ = choose_family(long_keys[200:], long_keys[:200], 10**6, target_recall=TARGET, bytes_per_chunk=ENOUGH)
     assert factory == GRAPH
 
 
 @pytest.mark.usefixtures("only_two")
-def test_a_graph_too_large_is_not_built(long_keys: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("budget", [None, ENOUGH - 1])
+def test_a_graph_that_nothing_was_granted_for_is_not_built(
+    long_keys: np.ndarray, monkeypatch: pytest.MonkeyPatch, budget: int | None
+) -> None:
     monkeypatch.setattr(Graph, "build", None)
     lines: list[str] = []
     factory, points = choose_family(
-        long_keys[200:], long_keys[:200], 5000, target_recall=TARGET, bytes_per_chunk=500, report=lines.append
+        long_keys[200:], long_keys[:200], 5000, target_recall=TARGET, bytes_per_chunk=budget, report=lines.append
     )
     assert "SQ8" in factory
     assert GRAPH not in {point.factory for point in points}
-    assert lines[0] == "SymphonyQG32: not tried, takes 896 bytes per chunk, of at most 500"
+    assert lines[0] == "SymphonyQG32: not tried, it takes 896 bytes per chunk (--bytes-per-chunk)"
 
 
 @pytest.mark.usefixtures("only_two")
@@ -155,20 +162,18 @@ def test_a_machine_without_the_library_has_the_other_families(
 ) -> None:
     monkeypatch.setitem(sys.modules, "rabitqlib", None)
     lines: list[str] = []
-    factory, _ = choose_family(long_keys[200:], long_keys[:200], 5000, target_recall=TARGET, report=lines.append)
+    factory, _ = choose_family(
+        long_keys[200:], long_keys[:200], 5000, target_recall=TARGET, bytes_per_chunk=ENOUGH, report=lines.append
+    )
     assert "SQ8" in factory
     assert "rabitqlib cannot be imported" in lines[0]
 
 
-@pytest.mark.usefixtures("only_two")
-def test_where_nothing_fits_the_smallest_is_taken_if_that_is_allowed(long_keys: np.ndarray) -> None:
-    arguments = {"num_chunks": 5000, "target_recall": TARGET, "bytes_per_chunk": 1}
-    factory, points = choose_family(long_keys[200:], long_keys[:200], **arguments, or_the_smallest=True)
-    reaching = [point for point in points if point.lower_recall >= TARGET]
-    smallest = min(reaching, key=lambda point: point.bytes_per_chunk)
-    assert factory == smallest.factory
-    with pytest.raises(ConfigError, match="within --bytes-per-chunk 1: the smallest tried takes"):
-        choose_family(long_keys[200:], long_keys[:200], **arguments)
+def test_a_target_out_of_reach_is_refused(long_keys: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "families", lambda num_chunks, dim: ["IVF64,PQ4x4fs"])
+    monkeypatch.setattr(tune, "_MAX_CANDIDATES", 10)
+    with pytest.raises(ConfigError, match=r"no index reaches --target-recall 0.999: lower it, or set 1"):
+        choose_family(long_keys[200:], long_keys[:200], 5000, target_recall=0.999)
 
 
 def test_segments_are_tuned_as_one_index(keys: np.ndarray) -> None:
