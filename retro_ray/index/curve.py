@@ -32,12 +32,14 @@ def curve_table(points: Sequence[OperatingPoint], spec: IndexSpec) -> str:
 def plot_curve(points: Sequence[OperatingPoint], spec: IndexSpec, target_recall: float | None, path: Path) -> None:
     """Draw recall against throughput for every index that was measured, into an image file."""
     # Imported here: it takes a second, which those who only look at the table need not wait for.
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["tab20"](range(20)))  # more families than colours by default
     # An index of one piece and the same one in its shards differ in what a chunk takes.
     curves: dict[tuple[str, int, float], list[OperatingPoint]] = {}
     for point in sorted(points, key=lambda point: point.nprobe):
