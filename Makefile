@@ -39,7 +39,7 @@ $(VENV)/.browser: | $(VENV)/.test
 
 # Two halves side by side, each with some Ray and some without: about as long as each other.
 OTHERS_LOG := $(VENV)/other-tests.log
-AFTER_RAY := tests/browser tests/properties tests/unit/evaluation tests/unit/generation
+AFTER_RAY := tests/browser tests/properties tests/unit/evaluation tests/unit/generation tests/unit/index
 test: $(VENV)/.test $(VENV)/.browser
 	@{ $(BIN)/python -m pytest -m "not ray" $(addprefix --ignore ,$(AFTER_RAY)); status=$$?; \
 		$(BIN)/python -m pytest tests/e2e || status=1; exit $$status; } \

@@ -73,8 +73,8 @@ class DatabaseConfig:
     """Share of the exact 10 nearest neighbours that the index is to find; 1 searches exactly, however slowly."""
     bytes_per_chunk: int | None = None
     """Most memory that an index may take per chunk, its keys not counted. Default: what the fastest codes take, some
-    dozens of bytes. Where it is set so high that a graph fits (3,456 for keys of 384 dimensions), one is tried: several
-    times as fast, but a shard's own, so that in other shards, or another build, other neighbours may be missed."""
+    dozens of bytes. Where it is set so high that a graph fits (3,456 for keys of 384 dimensions), one is tried: twice
+    as fast, but a shard's own, so that in other shards, or another build, other neighbours may be missed."""
     exclude_near: tuple[str, ...] = ()
     """Leave out documents that are nearly the same as one of these files, folders and globs, a test set say: whose
     13-grams of tokens overlap with its by 80 % or more."""
