@@ -118,13 +118,13 @@ def measure(benchmark: RetrievalBenchmark) -> dict[str, Any]:
         "qps_codes_sharded": qps["codes over actors"],
         "speedup_over_ivfpq": qps["ours undivided"] / qps["ivfpq"],
         "speedup_over_ivfpq_of_codes": qps["codes undivided"] / qps["ivfpq"],
-        # What actors cost, and what dividing and actors cost together.
+        # What dividing and actors cost together, and what actors cost.
         **{
             key: qps[f"{name} over actors"] / qps[f"{name} {whole}"]
             for name, suffix in (("ours", ""), ("codes", "_of_codes"))
             for key, whole in (
-                (f"sharded_efficiency{suffix}", "in shards"),
-                (f"sharded_over_undivided{suffix}", "undivided"),
+                (f"sharded_efficiency{suffix}", "undivided"),
+                (f"actors_efficiency{suffix}", "in shards"),
             )
         },
         "codes_sharded_equals_whole": bool((found["codes over actors"] == found["codes undivided"]).all()),

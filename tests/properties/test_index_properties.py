@@ -53,6 +53,18 @@ def databases(draw: st.DrawFn, dim: int = DIM, max_rows: int = 120) -> tuple[np.
     return keys, cuts, None if share is None else rng.random(num_rows) < share
 
 
+def asked(keys: np.ndarray, rng: np.random.Generator, excluding: bool) -> tuple[np.ndarray, np.ndarray | None]:
+    """24 queries, half of them keys, and perhaps rows to pass over for two thirds of them."""
+    queries = rng.standard_normal((24, keys.shape[1])).astype(np.float32)
+    if len(keys):
+        queries[::2] = keys[rng.integers(0, len(keys), 12)]
+    if not excluding:
+        return queries, None
+    excluded = np.sort(rng.integers(0, max(1, len(keys)), (24, 2)), axis=1)
+    excluded[::3] = -1
+    return queries, excluded
+
+
 @settings(max_examples=250)
 @given(
     database=databases(),
@@ -72,13 +84,7 @@ def test_parts_and_batches_equal_the_whole(
 ) -> None:
     keys, cuts, deleted = database
     rng = np.random.default_rng(seed)
-    queries = rng.standard_normal((24, DIM)).astype(np.float32)
-    if len(keys):
-        queries[::2] = keys[rng.integers(0, len(keys), 12)]
-    excluded = None
-    if excluding:
-        excluded = np.sort(rng.integers(0, max(1, len(keys)), (24, 2)), axis=1)
-        excluded[::3] = -1
+    queries, excluded = asked(keys, rng, excluding)
     whole = Parts(spec, codec(spec.factory), keys, (), deleted)
     distances, ids = whole.search(queries, k, excluded)
 
@@ -129,13 +135,7 @@ def test_graphs_answer_in_full_and_only_with_what_is_asked_for(
     """
     keys, cuts, deleted = database
     rng = np.random.default_rng(seed)
-    queries = rng.standard_normal((24, GRAPH_DIM)).astype(np.float32)
-    if len(keys):
-        queries[::2] = keys[rng.integers(0, len(keys), 12)]
-    excluded = None
-    if excluding:
-        excluded = np.sort(rng.integers(0, max(1, len(keys)), (24, 2)), axis=1)
-        excluded[::3] = -1
+    queries, excluded = asked(keys, rng, excluding)
     with mock.patch.multiple(graph_module, MIN_ROWS=0, _EXACT_FROM=exact_from):
         parts = Parts(GRAPH, None, keys, cuts, deleted)
         distances, ids = parts.search(queries, k, excluded)

@@ -12,9 +12,8 @@ from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig
 from retro_ray.database import build, compact
 from retro_ray.database.build import DatabaseBuilder
 from retro_ray.database.edit import DatabaseEditor
-from retro_ray.database.format import IndexSpec, Partition
+from retro_ray.database.format import IndexSpec
 from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search
-from retro_ray.database.keys import write_keys
 from retro_ray.database.store import Database
 from retro_ray.database.summary import describe
 from retro_ray.errors import DatabaseError
@@ -24,6 +23,7 @@ from retro_ray.index.graph import bytes_per_row
 from retro_ray.retrieval.answering import ServedShard
 from retro_ray.retrieval.local import LocalRetriever
 from tests.unit.database.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
+from tests.unit.database.partitions import write_partition
 
 DIM = 64
 SPEC = IndexSpec(factory="SymphonyQG32")
@@ -144,20 +144,6 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(build, "run_tasks", run_tasks)
     monkeypatch.setattr(build.ray, "remote", lambda function: function)
-
-
-def write_partition(directory: Path, name: str, base: int, keys: np.ndarray) -> Partition:
-    (directory / name).mkdir(parents=True, exist_ok=True)
-    write_keys(directory / name / "keys.npy", [keys], *keys.shape)
-    return Partition(
-        name=name,
-        chunk_id_base=base,
-        num_documents=1,
-        num_chunks=len(keys),
-        num_tokens=len(keys),
-        num_bytes=0,
-        folder=name,
-    )
 
 
 @pytest.mark.usefixtures("in_this_process")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_ray.database.format import IndexSpec, Partition
+from retro_ray.database.format import IndexSpec
 from retro_ray.database.index_choice import (
     IndexAims,
     IndexChoice,
@@ -13,25 +13,11 @@ from retro_ray.database.index_choice import (
     is_searched_exactly,
     train_codec,
 )
-from retro_ray.database.keys import write_keys
 from retro_ray.index.build import index_segment
+from tests.unit.database.partitions import write_partition
 
 DIM = 16
 AIMS = IndexAims(target_recall=0.8, bytes_per_chunk=None, seed=0)
-
-
-def partition(directory: Path, name: str, base: int, keys: np.ndarray) -> Partition:
-    (directory / name).mkdir()
-    write_keys(directory / name / "keys.npy", [keys], *keys.shape)
-    return Partition(
-        name=name,
-        chunk_id_base=base,
-        num_documents=1,
-        num_chunks=len(keys),
-        num_tokens=len(keys),
-        num_bytes=0,
-        folder=name,
-    )
 
 
 @pytest.mark.parametrize("num_held_out", [0, 10, 400])
@@ -40,8 +26,8 @@ def test_from_keys_to_the_search_of_a_database(tmp_path: Path, num_held_out: int
     rng = np.random.default_rng(0)
     centres = 3 * rng.standard_normal((40, DIM))
     keys = (centres[rng.integers(0, 40, 4400)] + rng.standard_normal((4400, DIM))).astype(np.float32)
-    segments = [partition(tmp_path, "a", 0, keys[:1500]), partition(tmp_path, "b", 1500, keys[1500:4000])]
-    validation = partition(tmp_path, "validation", -1, keys[4000 : 4000 + num_held_out]) if num_held_out else None
+    segments = [write_partition(tmp_path, "a", 0, keys[:1500]), write_partition(tmp_path, "b", 1500, keys[1500:4000])]
+    validation = write_partition(tmp_path, "validation", -1, keys[4000 : 4000 + num_held_out]) if num_held_out else None
     codec = tmp_path / "codec.faiss"
     family = train_codec(tmp_path, segments, validation, AIMS, codec)
     for segment in segments:
