@@ -9,30 +9,13 @@ from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
-from retro_ray.model.attention import KeysValues, open_empty_rows
-from retro_ray.model.cached_rows import CachedRows, resized
+from retro_ray.model.attention_kernels import KeysValues, open_empty_rows
+from retro_ray.model.cached_rows import CachedRows, resized, rows_to_read, whole_blocks
 from retro_ray.model.causal_attention import refusal
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.ngrams import NO_TOKEN
 from retro_ray.model.pass_graph import PassGraphs
 from retro_ray.model.pointer import PointedRows
-
-ROW_BLOCK = 64
-"""Keys and values have room for multiples of so many rows. A softmax over further blocks, masked, adds up
-in the same order as without them: to the bit, a sequence gets the same logits whatever is in the
-slots beside it."""
-
-
-def whole_blocks(num_rows: int) -> int:
-    """`num_rows`, or the next number of them that fills blocks."""
-    return -(-num_rows // ROW_BLOCK) * ROW_BLOCK
-
-
-def rows_to_read(num_rows: int, held_rows: int) -> int:
-    """How many of the held rows to read for the first `num_rows`: all, unless they are far more. So passes differ less
-    in shape, and a part of the rows, which products copy first, is seldom read.
-    """
-    return held_rows if num_rows <= held_rows <= 3 * num_rows else whole_blocks(num_rows)
 
 
 class DecodeCache:

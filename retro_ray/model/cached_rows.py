@@ -9,6 +9,23 @@ from torch import Tensor
 
 from retro_ray.model.int8_product import row_steps
 
+ROW_BLOCK = 64
+"""Keys and values have room for multiples of so many rows. A softmax over further blocks, masked, adds up
+in the same order as without them: to the bit, a sequence gets the same logits whatever is in the
+slots beside it."""
+
+
+def whole_blocks(num_rows: int) -> int:
+    """`num_rows`, or the next number of them that fills blocks."""
+    return -(-num_rows // ROW_BLOCK) * ROW_BLOCK
+
+
+def rows_to_read(num_rows: int, held_rows: int) -> int:
+    """How many of the held rows to read for the first `num_rows`: all, unless they are far more. So passes differ less
+    in shape, and a part of the rows, which products copy first, is seldom read.
+    """
+    return held_rows if num_rows <= held_rows <= 3 * num_rows else whole_blocks(num_rows)
+
 
 @dataclass(frozen=True)
 class CachedRows:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_ray.config import ModelConfig
-from retro_ray.model.attention import CrossAttention, KeysValues, open_empty_rows, split_heads
+from retro_ray.model.attention import CrossAttention
+from retro_ray.model.attention_kernels import KeysValues, open_empty_rows, split_heads
 from retro_ray.model.cached_rows import CachedRows
-from retro_ray.model.encoder import EncodedNeighbours
+from retro_ray.model.encoder import EncodedNeighbours, NeighbourEncoder
 from retro_ray.model.layers import Rotary, rotary_at, rotate, rotate_rows
 from retro_ray.model.new_tokens import NewTokens
 
@@ -87,3 +91,12 @@ class ChunkedCrossAttention(CrossAttention):
             with torch.no_grad():
                 self.key.weight.copy_(self.query.weight)
                 self.out.weight.copy_(0.3 * self.value.weight.T)
+
+
+@dataclass(frozen=True)
+class NeighbourEncoding:
+    """What takes neighbours to the keys and values that new tokens read."""
+
+    encoder: NeighbourEncoder
+    ccas: Mapping[int, ChunkedCrossAttention]
+    """By the number of the layer."""

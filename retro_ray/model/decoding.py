@@ -7,25 +7,23 @@ length, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from retro_ray.errors import ConfigError
 from retro_ray.model.cache import DecodeCache, PromptRecorder
+from retro_ray.model.chunked import NeighbourEncoding
+from retro_ray.model.decoder import RetroDecoder
 from retro_ray.model.encoder import EncodedNeighbours
 from retro_ray.model.inputs import sequence_inputs
 from retro_ray.model.new_tokens import NewTokens, PassShape, plan_pass
 from retro_ray.model.pass_graph import PassStages
 from retro_ray.model.pointer import DecoderOutput
 
-if TYPE_CHECKING:
-    from retro_ray.model.retro import NeighbourEncoding, RetroModel
-
 
 def read_prompts(
-    model: RetroModel,
+    model: RetroDecoder,
     tokens_BT: Tensor,
     lengths_B: Tensor,
     cache: DecodeCache,
@@ -62,7 +60,7 @@ def read_prompts(
 
 
 def _read_together(
-    model: RetroModel,
+    model: RetroDecoder,
     tokens_BT: Tensor,
     lengths_B: Tensor,
     cache: DecodeCache,
@@ -82,7 +80,7 @@ def _read_together(
 
 
 def read_new_tokens(
-    model: RetroModel,
+    model: RetroDecoder,
     tokens_N: Tensor,
     num_new: Sequence[int],
     cache: DecodeCache,
@@ -94,8 +92,8 @@ def read_new_tokens(
     lengths: list[int] = cache.lengths[: len(num_new)].tolist()
     longest = max((length + count for length, count in zip(lengths, num_new, strict=True) if count), default=0)
     cache.require_room(longest, 0 if neighbours_BKR is None else neighbours_BKR.shape[1])
-    _require_one_chunk(model, lengths, num_new)
     m = model.config.chunk_length
+    _require_one_chunk(m, lengths, num_new)
     completed = [slot for slot, count in enumerate(num_new) if count and (lengths[slot] + 1) % m == 0]
     tokens, read, kept_rows = tokens_N.tolist(), num_new, None
     if cache.pass_graphs is not None and not all(num_new):
@@ -114,6 +112,13 @@ def read_new_tokens(
     if kept_rows is not None:
         return logits_NV[torch.tensor(kept_rows, device=device)]
     return logits_NV if graphs is None else logits_NV.clone()
+
+
+def most_new_tokens(length: int, chunk_length: int) -> int:
+    """How many tokens a slot of `length` tokens may get in one pass: those in front of the one that completes a chunk;
+    or that one, and those in front of the next such.
+    """
+    return (-length - 1) % chunk_length or chunk_length
 
 
 def _with_pausing_slots(
@@ -137,7 +142,7 @@ def _with_pausing_slots(
 
 
 def _up_to_neighbours(
-    model: RetroModel, shape: PassShape, numbers_X: Tensor, cache: DecodeCache
+    model: RetroDecoder, shape: PassShape, numbers_X: Tensor, cache: DecodeCache
 ) -> tuple[NewTokens, Tensor]:
     """The new tokens, and their activations [N, D] where neighbours come in: in the first layer that has
     cross-attention; in front of all where none has.
@@ -161,7 +166,9 @@ def _up_to_neighbours(
     return new, h_ND
 
 
-def _from_neighbours_on(model: RetroModel, num_slots: int, new: NewTokens, h_ND: Tensor, cache: DecodeCache) -> Tensor:
+def _from_neighbours_on(
+    model: RetroDecoder, num_slots: int, new: NewTokens, h_ND: Tensor, cache: DecodeCache
+) -> Tensor:
     """Logits [N, V]."""
     if model.first_cca_layer is not None and len(new.first_rows) < len(h_ND):
         rows_N = new.positions_N % model.config.chunk_length
@@ -181,17 +188,18 @@ def _from_neighbours_on(model: RetroModel, num_slots: int, new: NewTokens, h_ND:
     return model.read_out(DecoderOutput(h_ND, pointed), new_tokens=True)
 
 
-def _require_one_chunk(model: RetroModel, lengths: Sequence[int], num_new: Sequence[int]) -> None:
+def _require_one_chunk(chunk_length: int, lengths: Sequence[int], num_new: Sequence[int]) -> None:
     for slot, (length, count) in enumerate(zip(lengths, num_new, strict=True)):
-        if count > model.most_new_tokens(length):
+        most = most_new_tokens(length, chunk_length)
+        if count > most:
             raise ConfigError(
-                f"slot {slot} has {length} tokens and gets {count}: with chunk_length {model.config.chunk_length} "
-                f"it may get {model.most_new_tokens(length)} in one pass, up to the end of a chunk"
+                f"slot {slot} has {length} tokens and gets {count}: with chunk_length {chunk_length} "
+                f"it may get {most} in one pass, up to the end of a chunk"
             )
 
 
 def _exchange_neighbours(
-    model: RetroModel,
+    model: RetroDecoder,
     cache: DecodeCache,
     completed: Sequence[int],
     neighbours_BKR: Tensor | None,
@@ -216,7 +224,7 @@ def _exchange_neighbours(
 
 
 def _store(
-    model: RetroModel, encoding: NeighbourEncoding, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours
+    model: RetroDecoder, encoding: NeighbourEncoding, cache: DecodeCache, slots: Tensor, encoded: EncodedNeighbours
 ) -> None:
     keys_values = {number: cca.encoded_keys_values(encoded) for number, cca in encoding.ccas.items()}
     pointer_keys = None if model.pointer is None else model.pointer.keys(encoded)

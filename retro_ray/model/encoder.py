@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from retro_ray.config import ModelConfig
 from retro_ray.model.attending import Attending
-from retro_ray.model.attention import CrossAttention, SelfAttention, open_empty_rows
+from retro_ray.model.attention import CrossAttention, SelfAttention
+from retro_ray.model.attention_kernels import open_empty_rows
 from retro_ray.model.layers import FeedForward, Rotary, rotary_at
 from retro_ray.model.ngrams import NO_TOKEN, last_tokens
 from retro_ray.model.rms_norm import RMSNorm

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
-from retro_ray.model.attention import FLEX_HEAD_DIMS, Mask, causal_within
+from retro_ray.model.attention_kernels import FLEX_HEAD_DIMS, Mask, causal_within
 from retro_ray.model.chunked import query_rotary
 from retro_ray.model.layers import Rotary, decoder_rotary
 from retro_ray.model.ngrams import last_tokens

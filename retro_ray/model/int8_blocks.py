@@ -6,7 +6,8 @@ them loops that take the rows from one to the next.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,13 @@ from torch import Tensor, nn
 from retro_ray.model import compiled_rows
 from retro_ray.model.attention import SelfAttention
 from retro_ray.model.cached_rows import CachedRows
-from retro_ray.model.chunked import ChunkedCrossAttention
+from retro_ray.model.chunked import ChunkedCrossAttention, NeighbourEncoding
 from retro_ray.model.decoder_layer import DecoderLayer
 from retro_ray.model.int8_product import Int8Product, Multiples
 from retro_ray.model.layers import FeedForward, GatedFeedForward
 from retro_ray.model.new_tokens import NewTokens
 from retro_ray.model.rms_norm import RMSNorm
 from retro_ray.model.row_attention import as_array, use_threads_of_torch
-
-if TYPE_CHECKING:
-    from retro_ray.model.retro import NeighbourEncoding, RetroModel
 
 
 class Int8Norm:
@@ -156,9 +154,9 @@ class Int8ReadOut:
 class Int8Decoder:
     """All that new tokens pass through, with copies of the weights in eight bits."""
 
-    def __init__(self, model: RetroModel) -> None:
-        self.layers = tuple(Int8Layer(layer) for layer in model.layers)
-        self.read_out = Int8ReadOut(model.read_out_weight)
+    def __init__(self, layers: Iterable[DecoderLayer], read_out_weight_VD: Tensor) -> None:
+        self.layers = tuple(Int8Layer(layer) for layer in layers)
+        self.read_out = Int8ReadOut(read_out_weight_VD)
         self.encoding: NeighbourEncoding | None = None
         """In place of the model's own for neighbours that come with new tokens."""
 

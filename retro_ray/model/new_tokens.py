@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from retro_ray.config import ModelConfig
-from retro_ray.model.attention import attend
-from retro_ray.model.cache import rows_to_read
+from retro_ray.model.attention_kernels import attend
+from retro_ray.model.cached_rows import rows_to_read
 from retro_ray.model.causal_attention import refusal
 from retro_ray.model.layers import RowRotation, decoder_rotary, rotary_at, row_rotation
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from retro_ray.model.attention import SelfAttention
+from retro_ray.model.chunked import NeighbourEncoding
+from retro_ray.model.decoder import RetroDecoder
 from retro_ray.model.int8_blocks import Int8Decoder
 from retro_ray.model.int8_linear import Int8Linear
 from retro_ray.model.int8_product import int8_is_fast
-from retro_ray.model.retro import NeighbourEncoding, RetroModel
 
 _EXPECTED_ROWS = 8
 """What the order is chosen for; it serves other numbers of rows almost as well."""
@@ -42,7 +43,7 @@ class PackedLinear(nn.Module):
         return product[0].view(*x.shape[:-1], -1) if alone else product
 
 
-def pack_weights(model: RetroModel, int8: bool = False) -> bool:
+def pack_weights(model: RetroDecoder, int8: bool = False) -> bool:
     """Pack all of a model's matrices, which from then on computes and no more: no training, no saving.
 
     With `int8`, and where a CPU is fast with them, new tokens and the neighbours that come with them are read with
@@ -59,7 +60,7 @@ def pack_weights(model: RetroModel, int8: bool = False) -> bool:
     if model.packed_read_out is not None:
         return False
     if int8 and int8_is_fast():
-        model.int8 = Int8Decoder(model)
+        model.int8 = Int8Decoder(model.layers, model.read_out_weight)
         if not capabilities.get("amx_bf16"):  # which is as fast
             model.int8.encoding = _encoding_in_int8(model.encoding)
     model.packed_read_out = PackedLinear(model.read_out_weight)

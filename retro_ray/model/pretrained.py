@@ -13,7 +13,8 @@ from torch import Tensor
 
 from retro_ray.config import ModelConfig
 from retro_ray.errors import ConfigError
-from retro_ray.model.retro import RetroModel, belongs_to_retrieval
+from retro_ray.model.decoder import belongs_to_retrieval
+from retro_ray.model.retro import RetroModel
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 # Of these the frequencies are the same at all lengths up to the longest that a model was made for.

@@ -17,8 +17,9 @@ from torch import Tensor
 from retro_ray.config import ModelConfig, RunConfig, TrainingConfig
 from retro_ray.database.format import Manifest
 from retro_ray.errors import ConfigError
+from retro_ray.model.decoder import belongs_to_retrieval
 from retro_ray.model.pretrained import decoder_config, decoder_weights, load_decoder, longest_context, require_family
-from retro_ray.model.retro import RetroModel, belongs_to_retrieval
+from retro_ray.model.retro import RetroModel
 from retro_ray.text.tokenizer import hub_problem, load_tokenizer
 from retro_ray.training.checkpoint import META_NAME, CheckpointMeta, list_checkpoints, load_model, save_checkpoint
 from retro_ray.training.optimizer import Optimizer

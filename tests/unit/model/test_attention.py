@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from retro_ray.model import attention
-from retro_ray.model.attention import attend, causal_within, open_empty_rows
+from retro_ray.model import attention_kernels
+from retro_ray.model.attention_kernels import attend, causal_within, open_empty_rows
 from retro_ray.model.layers import rotary_at, rotate
 
 
@@ -26,7 +26,7 @@ def test_both_kernels_agree(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = None if mask is None else open_empty_rows(mask)
     results = []
     for most_positions in (0, 100):
-        monkeypatch.setattr(attention, "_PLAIN_MAX_POSITIONS", most_positions)
+        monkeypatch.setattr(attention_kernels, "_PLAIN_MAX_POSITIONS", most_positions)
         out = attend(q, k, v, mask, causal=kind == "causal")
         results.append((out, *torch.autograd.grad(out.sin().sum(), (q, k, v))))
     for fused, plain in zip(*results, strict=True):
@@ -41,7 +41,7 @@ def test_attend_is_the_textbook_formula() -> None:
 
 @pytest.mark.parametrize("plain_max_positions", [0, 1024], ids=["fused", "plain"])
 def test_a_mask_may_be_what_is_added_to_scores(plain_max_positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_PLAIN_MAX_POSITIONS", plain_max_positions)
+    monkeypatch.setattr(attention_kernels, "_PLAIN_MAX_POSITIONS", plain_max_positions)
     q, k, v = random_qkv(5, 5)
     allowed = open_empty_rows(torch.rand(2, 1, 5, 5) < 0.5)
     added = torch.where(allowed, 0.0, -math.inf).double()
@@ -51,7 +51,7 @@ def test_a_mask_may_be_what_is_added_to_scores(plain_max_positions: int, monkeyp
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_documents_kept_apart_in_blocks_attend_as_by_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """Over more than one block of 128, heads of keys shared; padding behind one document of three, and one alone."""
-    monkeypatch.setattr(attention, "_block_mask", lambda: create_block_mask)  # compiled in training
+    monkeypatch.setattr(attention_kernels, "_block_mask", lambda: create_block_mask)  # compiled in training
     segments_BT = torch.zeros(2, 200, dtype=torch.int64)
     segments_BT[0, 70:], segments_BT[0, 130:], segments_BT[0, 180:] = 1, 2, -1
     torch.manual_seed(0)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from retro_ray.model import attention, causal_attention
-from retro_ray.model.attention import attend, attention_weights
+from retro_ray.model import attention_kernels, causal_attention
+from retro_ray.model.attention_kernels import attend, attention_weights
 
 
 @pytest.mark.parametrize("num_tokens", [1, 4, 11])
@@ -31,7 +31,7 @@ def test_training_uses_it_and_heads_may_share_keys(monkeypatch) -> None:
     k, v = (torch.randn(2, 2, 9, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     in_blocks = attend(q, k, v, causal=True)
     assert "CausalAttention" in str(in_blocks.grad_fn) or "CausalAttention" in str(in_blocks.grad_fn.next_functions)
-    monkeypatch.setattr(attention, "_TRAINED_MAX_POSITIONS", 0)
+    monkeypatch.setattr(attention_kernels, "_TRAINED_MAX_POSITIONS", 0)
     plain = attend(q, k, v, causal=True)
     torch.testing.assert_close(in_blocks, plain)
     of_both = (torch.autograd.grad(out.sin().sum(), (q, k, v)) for out in (in_blocks, plain))

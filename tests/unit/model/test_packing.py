@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from retro_ray.model import RetroModel
-from retro_ray.model.cache import whole_blocks
+from retro_ray.model.cached_rows import whole_blocks
 from retro_ray.model.int8_product import int8_is_fast
 from retro_ray.model.packing import pack_weights
 from tests.unit.model.models import (

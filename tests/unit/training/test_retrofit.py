@@ -20,7 +20,7 @@ from transformers import (
 from retro_ray.database.store import Database
 from retro_ray.errors import CheckpointError, ConfigError
 from retro_ray.model import RetroModel
-from retro_ray.model.retro import belongs_to_retrieval
+from retro_ray.model.decoder import belongs_to_retrieval
 from retro_ray.text.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from retro_ray.training.checkpoint import load_checkpoint, load_model
 from retro_ray.training.optimizer import Optimizer
