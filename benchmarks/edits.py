@@ -28,12 +28,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import ray
 
+from retro_ray.building.build import DatabaseBuilder
+from retro_ray.building.edit import DatabaseEditor
+from retro_ray.building.reading import CorpusReader
 from retro_ray.command_line import parse, run
 from retro_ray.config import CorpusConfig, DatabaseConfig
-from retro_ray.database.build import DatabaseBuilder
-from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.format import database_directory
-from retro_ray.database.reading import CorpusReader
 from retro_ray.database.store import Database
 from retro_ray.errors import ConfigError
 from retro_ray.ray_session import connect

@@ -10,7 +10,7 @@ import ray
 import torch
 
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
-from retro_ray.database.pages import CHUNKS_PER_PAGE
+from retro_ray.building.pages import CHUNKS_PER_PAGE
 from retro_ray.embedding import ChunkEmbedder
 from retro_ray.ray_session import num_cluster_cpus
 

@@ -28,9 +28,9 @@ from ray.cluster_utils import Cluster
 from ray.exceptions import RayError
 
 from benchmarks.environment import EQUAL_SHARES, LOOPBACK, run_with
+from retro_ray.building.build import DatabaseBuilder
 from retro_ray.command_line import parse, run
 from retro_ray.config import CorpusConfig, DatabaseConfig, RetrievalConfig
-from retro_ray.database.build import DatabaseBuilder
 from retro_ray.database.store import Database
 from retro_ray.ray_session import NAMESPACE
 from retro_ray.retrieval.local import LocalRetriever

@@ -14,11 +14,12 @@ import ray
 
 from benchmarks.chunks import read_documents
 from benchmarks.embedders import EmbedderPool
-from retro_ray.database.format import IndexSpec, Manifest, Partition, file_record, fingerprint, write_manifest
-from retro_ray.database.index_choice import IndexAims, IndexChoice, choose_search, is_searched_exactly, train_codec
-from retro_ray.database.keys import read_keys, write_keys
+from retro_ray.building.index_choice import IndexAims, IndexChoice, choose_search, is_searched_exactly, train_codec
+from retro_ray.database.format import Manifest, Partition, file_record, fingerprint, write_manifest
 from retro_ray.database.store import Database
 from retro_ray.index.build import index_segment
+from retro_ray.index.keys import read_keys, write_keys
+from retro_ray.index.spec import IndexSpec
 from retro_ray.ray_session import connect
 from retro_ray.text.chunking import chunk_document, chunk_texts
 from retro_ray.text.tokenizer import train_tokenizer

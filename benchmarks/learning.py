@@ -27,10 +27,10 @@ from benchmarks.learning_plan import TOKENIZER, Plan
 from benchmarks.learning_plots import plot_curves, plot_spread
 from benchmarks.learning_scoring import Scoring
 from benchmarks.learning_training import TrainingRun
+from retro_ray.building.reading import CorpusReader
 from retro_ray.command_line import parse, run
 from retro_ray.config import CorpusConfig
 from retro_ray.database.format import database_directory
-from retro_ray.database.reading import CorpusReader
 from retro_ray.database.store import Database
 from retro_ray.errors import ConfigError, RetroRayError
 

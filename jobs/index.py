@@ -39,7 +39,7 @@ class IndexJob:
 
 def main(job: IndexJob) -> None:
     """Build, then say what was built."""
-    from retro_ray.database.build import DatabaseBuilder
+    from retro_ray.building.build import DatabaseBuilder
     from retro_ray.database.summary import as_lines, describe_build
     from retro_ray.ray_session import connect
 

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from retro_ray.building.segment_writer import SegmentWriter
 from retro_ray.config import ModelConfig, RunConfig, TrainingConfig
 from retro_ray.database.arrow_rows import fixed_size_lists, write_rows
 from retro_ray.database.format import (
-    IndexSpec,
     Manifest,
     Partition,
     database_directory,
@@ -20,9 +20,9 @@ from retro_ray.database.format import (
     token_type,
     write_manifest,
 )
-from retro_ray.database.keys import write_keys
-from retro_ray.database.segment_writer import SegmentWriter
 from retro_ray.database.store import Database
+from retro_ray.index.keys import write_keys
+from retro_ray.index.spec import IndexSpec
 from retro_ray.text.tokenizer import TextTokenizer, train_tokenizer
 
 KEY_DIM = 8

@@ -28,7 +28,7 @@ class Add:
     """Print one JSON object."""
 
     def run(self) -> None:
-        from retro_ray.database.reading import CorpusReader
+        from retro_ray.building.reading import CorpusReader
 
         reader = CorpusReader(CorpusConfig(input=self.paths, **dataclasses.asdict(self.records)))
         edit_database(self.home, lambda editor: editor.add(reader), as_json=self.json, skipped=reader.skipped)

@@ -34,10 +34,10 @@ class Demo:
     """Training steps. Default: the recipe's."""
 
     def run(self) -> None:
+        from retro_ray.building.build import DatabaseBuilder
         from retro_ray.commands.demo_update import update_as_text, update_database
         from retro_ray.commands.generate import as_text
         from retro_ray.config import CorpusConfig, DatabaseConfig
-        from retro_ray.database.build import DatabaseBuilder
         from retro_ray.database.store import Database
         from retro_ray.ray_session import connect
         from retro_ray.training.launch import launch

@@ -40,7 +40,7 @@ class Update:
 
 def update_database(home: Path) -> Update:
     """Add some held-out documents to a copy of a home's database, and compare."""
-    from retro_ray.database.edit import DatabaseEditor
+    from retro_ray.building.edit import DatabaseEditor
     from retro_ray.database.format import database_directory
     from retro_ray.database.store import Database
     from retro_ray.evaluation.own_text import document_tokens

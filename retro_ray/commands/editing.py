@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retro_ray.database.edit import DatabaseEditor, EditReport
+    from retro_ray.building.edit import DatabaseEditor, EditReport
     from retro_ray.text.corpus import SkippedRecord
 
 _SKIPPED_SHOWN = 3
@@ -31,7 +31,7 @@ def edit_database(
         as_json: print one JSON object.
         skipped: records that could not be read, once `edit` has read them.
     """
-    from retro_ray.database.edit import DatabaseEditor
+    from retro_ray.building.edit import DatabaseEditor
     from retro_ray.retrieval.announce import announce_commit
 
     report = edit(DatabaseEditor(home.expanduser().absolute(), announce=announce_commit))

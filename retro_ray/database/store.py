@@ -13,8 +13,8 @@ from retro_ray.database.arrow_rows import ArrowRows
 from retro_ray.database.deleted import DeletedDocuments
 from retro_ray.database.document_index import DocumentIndex
 from retro_ray.database.format import Manifest, Partition, database_directory, file_problem, read_manifest
-from retro_ray.database.keys import read_keys
 from retro_ray.errors import DatabaseError
+from retro_ray.index.keys import read_keys
 from retro_ray.text.tokenizer import TextTokenizer
 
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_ray.building.add_segment import Embedder, embed_segment, write_chunked
 from retro_ray.config import RetrievalConfig
-from retro_ray.database.add_segment import Embedder, embed_segment, write_chunked
 from retro_ray.database.arrow_rows import ArrowRows
 from retro_ray.database.format import Partition, file_record
 from retro_ray.database.store import ChunkStore, Database

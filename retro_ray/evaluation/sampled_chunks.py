@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from retro_ray.database.format import IndexSpec
 from retro_ray.errors import InputError
 from retro_ray.index.encoder import QueryEncoder
 from retro_ray.index.search import search_parts
 from retro_ray.index.shard import IndexShard
+from retro_ray.index.spec import IndexSpec
 from retro_ray.index.tune import ask_parts
 from retro_ray.text.chunking import ChunkedDocument, chunk_document, chunk_texts
 from retro_ray.text.corpus import Document

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_ray.building.reading import CorpusReader
 from retro_ray.config import CorpusConfig, RetrievalConfig
 from retro_ray.database.format import Manifest, database_directory, fingerprint
-from retro_ray.database.reading import CorpusReader
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.errors import CheckpointError
 from retro_ray.evaluation.bits_per_byte import NeighbourParts, choose_documents

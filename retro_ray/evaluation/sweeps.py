@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from retro_ray.database.deleted import DeletedDocuments
-from retro_ray.database.format import DELETED_SCHEMA, IndexSpec, Manifest
+from retro_ray.database.format import DELETED_SCHEMA, Manifest
 from retro_ray.evaluation.evaluate import (
     bits_interval,
     describe_subject,
@@ -26,6 +26,7 @@ from retro_ray.evaluation.evaluate import (
 )
 from retro_ray.evaluation.passes import Pass
 from retro_ray.evaluation.subject import Subject
+from retro_ray.index.spec import IndexSpec
 
 SweepAxis = Literal["k", "share", "nprobe", "parts", "rerank"]
 

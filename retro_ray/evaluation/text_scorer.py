@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retro_ray.database.add_segment import Embedder
+from retro_ray.building.add_segment import Embedder
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.evaluation.bits_per_byte import RetrievalMode, document_groups, score_tokens
 from retro_ray.evaluation.own_text import NeighbourSearch, ScoredText, first_neighbours, write_own_text

@@ -18,11 +18,11 @@ from typing import Any
 import faiss
 import numpy as np
 
-from retro_ray.database.format import IndexSpec
-from retro_ray.database.keys import key_blocks, read_keys
 from retro_ray.index.encoder import transform
 from retro_ray.index.exact import unbatched_distances
 from retro_ray.index.graph import Graph, has_graph
+from retro_ray.index.keys import key_blocks, read_keys
+from retro_ray.index.spec import IndexSpec
 
 MAX_EXACT_CHUNKS = 60_000
 """Up to here an exact search is fast enough, and needs neither training nor tuning."""

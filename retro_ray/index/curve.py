@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from retro_ray.database.format import IndexSpec, OperatingPoint
+from retro_ray.index.spec import IndexSpec, OperatingPoint
 
 
 def chosen_point(points: Sequence[OperatingPoint], spec: IndexSpec) -> OperatingPoint | None:

@@ -13,8 +13,8 @@ from typing import Any
 import faiss
 import numpy as np
 
-from retro_ray.database.format import IndexSpec
 from retro_ray.index.exact import FAISS, ExactKeys
+from retro_ray.index.spec import IndexSpec
 
 _ROWS_PER_PRODUCT = 512
 

@@ -26,10 +26,10 @@ import faiss
 import numpy as np
 from faiss import loader
 
-from retro_ray.database.format import GRAPH, IndexSpec
 from retro_ray.errors import ConfigError, DatabaseError
 from retro_ray.index.exact import ExactKeys, squared_distances
 from retro_ray.index.merge import Candidates
+from retro_ray.index.spec import GRAPH, IndexSpec
 
 MIN_DIM = 64
 """What the library rotates has no fewer dimensions."""

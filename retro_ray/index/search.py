@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from retro_ray.database.format import IndexSpec
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
 from retro_ray.index.merge import Candidates, merge_candidates
+from retro_ray.index.spec import IndexSpec
 
 _MORE_LISTS = 4
 _MORE_CANDIDATES = 2

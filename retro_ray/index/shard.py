@@ -11,13 +11,13 @@ from typing import Any
 import faiss
 import numpy as np
 
-from retro_ray.database.format import IndexSpec
-from retro_ray.database.keys import read_keys
 from retro_ray.index.build import read_index
 from retro_ray.index.encoder import PreparedQueries
 from retro_ray.index.exact import FAISS, ExactKeys, squared_distances
 from retro_ray.index.graph import Graph
+from retro_ray.index.keys import read_keys
 from retro_ray.index.merge import Candidates, pad_columns
+from retro_ray.index.spec import IndexSpec
 
 _SELECT_FROM = 1024
 """From so many candidates on, FAISS itself passes over what is excluded: query by query, but without listing it."""

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import faiss
 import numpy as np
 
-from retro_ray.database.format import GRAPH, IndexSpec, OperatingPoint
 from retro_ray.errors import ConfigError
 from retro_ray.index.build import fill_index, num_lists_for, num_lists_of, num_training_keys, train_index, with_lists
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
@@ -28,6 +27,7 @@ from retro_ray.index.graph import MIN_DIM, Graph, bytes_per_row, has_graph, requ
 from retro_ray.index.merge import Candidates
 from retro_ray.index.search import Ask, Wanted, search_parts
 from retro_ray.index.shard import IndexShard
+from retro_ray.index.spec import GRAPH, IndexSpec, OperatingPoint
 
 NUM_NEIGHBOURS = 10
 """Recall is measured at this many neighbours."""

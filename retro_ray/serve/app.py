@@ -17,7 +17,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve import Application, metrics
 from ray.serve.config import AutoscalingConfig
 
-from retro_ray.database.edit import DatabaseEditor
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.database.format import fingerprint
 from retro_ray.database.store import Database
 from retro_ray.errors import BusyError, RetroRayError

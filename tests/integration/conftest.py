@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import ray
 
+from retro_ray.building import embed_units
+from retro_ray.building.build import DatabaseBuilder
 from retro_ray.config import CorpusConfig
-from retro_ray.database import embed_units
-from retro_ray.database.build import DatabaseBuilder
 from retro_ray.ray_session import NAMESPACE, connect
 from tests.integration.small_corpus import CONFIG, Built, write_corpus
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from jobs.index import IndexJob, explain, main
+from retro_ray.building.build import DatabaseBuilder
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.command_line import parse, run
-from retro_ray.database.build import DatabaseBuilder
-from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.format import Manifest, file_problem, read_manifest
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.embedding import ChunkEmbedder

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_ray.database.edit import DatabaseEditor
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.database.store import Database
 from retro_ray.retrieval.announce import announce_commit
 from retro_ray.retrieval.shard_actor import refresh_shard_actors, stop_shard_actors
 from retro_ray.retrieval.sharded import ShardedRetriever
-from tests.unit.database.editing import HashEmbedder, document, write_database
+from tests.unit.building.editing import HashEmbedder, document, write_database
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
 NUM_CLIENTS = 3

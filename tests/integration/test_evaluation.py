@@ -12,7 +12,7 @@ from retro_ray.evaluation.near_duplicates import find_near_duplicates
 from retro_ray.evaluation.passes import PassScorer
 from retro_ray.evaluation.subject import open_subject
 from retro_ray.evaluation.workers import forget_other_models, run_passes
-from tests.unit.database.editing import document, write_database
+from tests.unit.building.editing import document, write_database
 from tests.unit.evaluation.trained import save_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]

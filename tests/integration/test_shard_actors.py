@@ -15,12 +15,13 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from retro_ray.config import RetrievalConfig
-from retro_ray.database.format import IndexSpec, write_manifest
+from retro_ray.database.format import write_manifest
 from retro_ray.database.store import Database
 from retro_ray.errors import RetrievalError
 from retro_ray.index import graph as graph_module
 from retro_ray.index.encoder import PreparedQueries
 from retro_ray.index.search import Wanted
+from retro_ray.index.spec import IndexSpec
 from retro_ray.ray_session import NAMESPACE
 from retro_ray.retrieval.following import CommitId
 from retro_ray.retrieval.local import LocalRetriever

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from retro_ray.database.edit import DatabaseEditor
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError, InputError
 from retro_ray.retrieval.local import LocalRetriever
@@ -20,7 +20,7 @@ from retro_ray.text.chunking import chunk_document, chunk_texts
 from retro_ray.text.corpus import Document
 from retro_ray.training.batches import TrainingBatches
 from retro_ray.training.windows import ChunkTable, WindowReader, stored_neighbours
-from tests.unit.database.editing import CHUNK_LENGTH, NUM_NEIGHBOURS, HashEmbedder, document, write_database
+from tests.unit.building.editing import CHUNK_LENGTH, NUM_NEIGHBOURS, HashEmbedder, document, write_database
 
 TEXTS = ["pi", "alpha beta gamma " * 6, "kappa " * 40, "pi rho sigma tau " * 5]
 names = st.sampled_from([f"d{number}" for number in range(7)])

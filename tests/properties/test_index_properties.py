@@ -11,9 +11,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_ray.database.format import IndexSpec
 from retro_ray.index import graph as graph_module
 from retro_ray.index.build import train_index
+from retro_ray.index.spec import IndexSpec
 from tests.unit.index.parts import Parts, defined_neighbours
 
 DIM = 8

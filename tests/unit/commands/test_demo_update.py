@@ -11,7 +11,7 @@ from retro_ray.commands import demo_update
 from retro_ray.commands.demo_update import choose_documents, held_out_document, update_as_text, update_database
 from retro_ray.database import edit
 from retro_ray.database.store import Database
-from tests.unit.database.editing import HashEmbedder, document, write_database
+from tests.unit.building.editing import HashEmbedder, document, write_database
 from tests.unit.evaluation.conftest import in_this_process  # noqa: F401
 from tests.unit.evaluation.trained import save_run
 

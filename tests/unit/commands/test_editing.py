@@ -9,7 +9,7 @@ import pytest
 from retro_ray.__main__ import main
 from retro_ray.database.format import database_directory
 from retro_ray.database.store import Database
-from tests.unit.database.editing import HashEmbedder, document, write_database
+from tests.unit.building.editing import HashEmbedder, document, write_database
 
 
 @pytest.fixture

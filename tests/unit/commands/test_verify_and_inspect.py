@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from retro_ray.__main__ import main
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.commands.verify import verify
-from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.format import database_directory, read_manifest
 from retro_ray.errors import DatabaseError
 from tests.fakes import write_tiny_database
-from tests.unit.database.editing import HashEmbedder, document, write_database
+from tests.unit.building.editing import HashEmbedder, document, write_database
 
 
 def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

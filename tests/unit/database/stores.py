@@ -9,8 +9,8 @@ import pyarrow as pa
 
 from retro_ray.database.arrow_rows import fixed_size_lists, write_rows
 from retro_ray.database.format import DOCUMENTS_SCHEMA, Partition, chunks_schema
-from retro_ray.database.keys import write_keys
 from retro_ray.database.store import ChunkStore
+from retro_ray.index.keys import write_keys
 
 M = 4
 

@@ -15,7 +15,6 @@ from retro_ray.database.format import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     FileRecord,
-    IndexSpec,
     Manifest,
     Partition,
     file_problem,
@@ -26,6 +25,7 @@ from retro_ray.database.format import (
     write_manifest,
 )
 from retro_ray.errors import DatabaseError
+from retro_ray.index.spec import IndexSpec
 
 
 def partition(name: str, base: int) -> Partition:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retro_ray.database.split import VALIDATION, Split, document_hash
-from tests.unit.database.corpora import split_of
+from tests.unit.building.corpora import split_of
 
 names_strategy = st.lists(st.text(max_size=6), min_size=1, max_size=40, unique=True)
 

@@ -12,7 +12,7 @@ from retro_ray.database.store import Database
 from retro_ray.errors import InputError
 from retro_ray.evaluation.addition import Addition, Reading, assess_addition
 from tests.fakes import WORDS
-from tests.unit.database.editing import CHUNK_LENGTH, HashEmbedder, document, write_database
+from tests.unit.building.editing import CHUNK_LENGTH, HashEmbedder, document, write_database
 
 HELD_OUT = document("held-out", " ".join(WORDS))
 KNOWN = document("known", " ".join(reversed(WORDS)))

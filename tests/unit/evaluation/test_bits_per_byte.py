@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.config import ModelConfig
-from retro_ray.database.edit import DatabaseEditor
 from retro_ray.database.store import Database
 from retro_ray.errors import ConfigError
 from retro_ray.evaluation.bits_per_byte import (

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_ray.database.edit import DatabaseEditor
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.database.store import Database
 from retro_ray.errors import ConfigError, DatabaseError
 from retro_ray.evaluation.current_neighbours import validation_text
 from retro_ray.evaluation.own_text import first_neighbours
-from tests.unit.database.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
+from tests.unit.building.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
 
 HELD_OUT = document("held out")
 

@@ -18,7 +18,7 @@ from retro_ray.evaluation.results import as_json
 from retro_ray.evaluation.scores import PassScores
 from retro_ray.evaluation.subject import open_subject
 from retro_ray.evaluation.tables import leakage_table, scores_table
-from tests.unit.database.editing import CHUNK_LENGTH, document, write_database
+from tests.unit.building.editing import CHUNK_LENGTH, document, write_database
 from tests.unit.evaluation.trained import save_run
 
 WORDS = [f" {a}{b}" for a in ("al", "be", "ga", "de", "ep") for b in "abcdefghijklmnopqrst"]

@@ -21,7 +21,7 @@ from retro_ray.model.retro import RetroModel
 from retro_ray.retrieval.local import LocalRetriever
 from retro_ray.retrieval.retriever import ChunkRetriever
 from tests.fakes import tiny_run_config, tiny_texts
-from tests.unit.database.editing import HashEmbedder, document, write_database
+from tests.unit.building.editing import HashEmbedder, document, write_database
 from tests.unit.model.models import random_model
 from tests.unit.serve.tiny_replica import write_run
 

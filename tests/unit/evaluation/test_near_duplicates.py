@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retro_ray.building.build_plan import excluded_corpus, plan_build
+from retro_ray.building.chunk_units import chunk_units
+from retro_ray.building.edit import DatabaseEditor
+from retro_ray.building.exclusion import NEAR_DUPLICATE, read_excluded, read_left_out
 from retro_ray.config import CorpusConfig, DatabaseConfig
-from retro_ray.database.build_plan import excluded_corpus, plan_build
-from retro_ray.database.chunk_units import chunk_units
-from retro_ray.database.edit import DatabaseEditor
-from retro_ray.database.exclusion import NEAR_DUPLICATE, read_excluded, read_left_out
 from retro_ray.database.split import Split, document_hash
 from retro_ray.database.store import Database
 from retro_ray.errors import InputError
 from retro_ray.evaluation.near_duplicates import document_shingles, near_in_segment
 from retro_ray.text.corpus import plan_units
 from retro_ray.text.near_duplicates import NearDocuments
-from tests.unit.database.editing import document, write_database
+from tests.unit.building.editing import document, write_database
 
 LONG = " ".join(f"{word} {number}" for number in range(30) for word in ("alpha", "beta"))
 NEARLY = LONG.replace("alpha 29", "gamma 29")

@@ -27,7 +27,7 @@ from retro_ray.model.retro import RetroModel
 from retro_ray.retrieval import retriever
 from retro_ray.text.tokenizer import TextTokenizer, train_tokenizer
 from tests.fakes import tiny_texts
-from tests.unit.database.editing import HashEmbedder, document, write_database
+from tests.unit.building.editing import HashEmbedder, document, write_database
 from tests.unit.evaluation.trained import save_run
 from tests.unit.model.models import random_model, small_config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_ray.database.edit import DatabaseEditor
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.database.store import Database
 from retro_ray.evaluation.evaluate import evaluate
 from retro_ray.evaluation.examples import choose_chunks, find_examples, shared_places
@@ -20,7 +20,7 @@ from retro_ray.evaluation.results import read_result, write_result
 from retro_ray.evaluation.subject import open_subject
 from retro_ray.evaluation.sweeps import sweep
 from retro_ray.evaluation.update import as_built, compare
-from tests.unit.database.editing import HashEmbedder, document, write_database
+from tests.unit.building.editing import HashEmbedder, document, write_database
 from tests.unit.evaluation.trained import save_run
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_ray.database.format import IndexSpec
 from retro_ray.database.store import Database
 from retro_ray.evaluation.bits_per_byte import score_documents
 from retro_ray.evaluation.own_text import first_neighbours
@@ -16,8 +15,9 @@ from retro_ray.evaluation.subject import open_subject
 from retro_ray.evaluation.sweeps import sweep, with_share_of_documents
 from retro_ray.evaluation.tables import sweep_table
 from retro_ray.index import graph as graph_module
+from retro_ray.index.spec import IndexSpec
 from retro_ray.training.checkpoint import load_model
-from tests.unit.database.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
+from tests.unit.building.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
 from tests.unit.evaluation.trained import save_run
 from tests.unit.retrieval.indexed import with_indexes
 

@@ -21,7 +21,7 @@ from retro_ray.evaluation.text_scorer import TextScorer
 from retro_ray.model.retro import RetroModel
 from retro_ray.text.chunking import chunk_document
 from tests.fakes import tiny_run_config, tiny_texts
-from tests.unit.database.editing import CHUNK_LENGTH, NUM_NEIGHBOURS, HashEmbedder, document, write_database
+from tests.unit.building.editing import CHUNK_LENGTH, NUM_NEIGHBOURS, HashEmbedder, document, write_database
 from tests.unit.model.models import random_model
 
 HELD_OUT = [document(f"held out {i}", text) for i, text in enumerate(tiny_texts(8, seed=5, max_words=60))]

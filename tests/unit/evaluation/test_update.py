@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from retro_ray.database.edit import DatabaseEditor
+from retro_ray.building.edit import DatabaseEditor
 from retro_ray.database.store import Database
 from retro_ray.errors import DatabaseError, MismatchError
 from retro_ray.evaluation.own_text import first_neighbours
 from retro_ray.evaluation.subject import open_subject
 from retro_ray.evaluation.tables import update_table
 from retro_ray.evaluation.update import _credits, as_built, compare, reading
-from tests.unit.database.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
+from tests.unit.building.editing import NUM_NEIGHBOURS, HashEmbedder, document, write_database
 from tests.unit.evaluation.trained import save_run
 
 pytestmark = pytest.mark.usefixtures("in_this_process")

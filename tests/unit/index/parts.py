@@ -9,13 +9,13 @@ from typing import Any
 import faiss
 import numpy as np
 
-from retro_ray.database.format import IndexSpec
 from retro_ray.index.build import fill_index
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
 from retro_ray.index.graph import Graph, has_graph
 from retro_ray.index.merge import Candidates
 from retro_ray.index.search import Wanted, search_parts
 from retro_ray.index.shard import IndexShard
+from retro_ray.index.spec import IndexSpec
 
 
 class Parts:

@@ -6,8 +6,8 @@ import faiss
 import numpy as np
 import pytest
 
-from retro_ray.database.format import IndexSpec
 from retro_ray.index.build import fill_index, read_index, train_index, write_index
+from retro_ray.index.spec import IndexSpec
 
 KEYS = np.random.default_rng(0).standard_normal((700, 8), np.float32)
 SPEC = IndexSpec(factory="PCA6,IVF16,PQ3x4fs", nprobe=4, refine_factor=4)

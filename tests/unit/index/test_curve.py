@@ -3,8 +3,8 @@ from pathlib import Path
 
 from matplotlib.image import imread
 
-from retro_ray.database.format import IndexSpec, OperatingPoint
 from retro_ray.index.curve import curve_table, plot_curve
+from retro_ray.index.spec import IndexSpec, OperatingPoint
 
 
 def point(factory: str, nprobe: int, recall: float) -> OperatingPoint:

@@ -9,16 +9,16 @@ import faiss
 import numpy as np
 import pytest
 
-from retro_ray.database.format import IndexSpec
-from retro_ray.database.keys import write_keys
 from retro_ray.errors import ConfigError, DatabaseError
 from retro_ray.index import graph as graph_module
 from retro_ray.index.build import index_segment
 from retro_ray.index.encoder import QueryEncoder
 from retro_ray.index.graph import Graph, bytes_per_row, has_graph, require_library
+from retro_ray.index.keys import write_keys
 from retro_ray.index.merge import Candidates
 from retro_ray.index.search import Wanted
 from retro_ray.index.shard import IndexShard
+from retro_ray.index.spec import IndexSpec
 from retro_ray.index.tune import NUM_NEIGHBOURS
 from tests.unit.index.parts import Parts
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_ray.database.format import IndexSpec
 from retro_ray.index.build import fill_index, train_index, write_index
 from retro_ray.index.encoder import PreparedQueries, QueryEncoder
 from retro_ray.index.shard import IndexShard
+from retro_ray.index.spec import IndexSpec
 from tests.unit.index.parts import Parts
 
 FLAT = IndexSpec(factory="Flat")

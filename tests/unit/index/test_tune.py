@@ -8,7 +8,6 @@ import faiss
 import numpy as np
 import pytest
 
-from retro_ray.database.format import IndexSpec, OperatingPoint
 from retro_ray.errors import ConfigError
 from retro_ray.index import tune
 from retro_ray.index.build import fill_index, num_training_keys, train_index
@@ -16,6 +15,7 @@ from retro_ray.index.encoder import QueryEncoder
 from retro_ray.index.graph import Graph, bytes_per_row
 from retro_ray.index.search import search_parts
 from retro_ray.index.shard import IndexShard
+from retro_ray.index.spec import IndexSpec, OperatingPoint
 from retro_ray.index.tune import (
     NUM_NEIGHBOURS,
     FilledIndex,

@@ -12,16 +12,9 @@ import numpy as np
 import pyarrow as pa
 
 from retro_ray.database.deleted import DeletedDocuments
-from retro_ray.database.format import (
-    DELETED_SCHEMA,
-    FileRecord,
-    IndexSpec,
-    Manifest,
-    Partition,
-    file_record,
-    write_manifest,
-)
+from retro_ray.database.format import DELETED_SCHEMA, FileRecord, Manifest, Partition, file_record, write_manifest
 from retro_ray.database.store import ChunkStore, Database
+from retro_ray.index.spec import IndexSpec
 from tests.unit.database.stores import M, write_store
 
 FLAT = IndexSpec(factory="Flat")

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 
-from retro_ray.database.edit import DatabaseEditor
+from retro_ray.building.edit import DatabaseEditor
+from retro_ray.building.transaction import transaction
 from retro_ray.database.format import database_directory
 from retro_ray.database.store import Database
-from retro_ray.database.transaction import transaction
 from retro_ray.serve.api import build_api
 from retro_ray.serve.editing import HomeDocuments
 from retro_ray.text.corpus import Document
-from tests.unit.database.editing import HashEmbedder, document, write_database
+from tests.unit.building.editing import HashEmbedder, document, write_database
 from tests.unit.serve.conftest import HERE
 from tests.unit.serve.fakes import EchoService
 
