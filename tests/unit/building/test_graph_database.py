@@ -124,7 +124,7 @@ def test_a_damaged_graph_is_named(home: Path) -> None:
     database = Database.open(home)
     path = database.directory / database.manifest.segments[1].index(SPEC)
     content = path.read_bytes()
-    path.write_bytes(content[:-1] + b"x")
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(DatabaseError, match=r"shard-00001/graph.symqg has SHA-256"):
         LocalRetriever.open(database)
     path.write_bytes(content[:-1])
