@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from retro_ray.building import edit
 from retro_ray.commands import demo_update
 from retro_ray.commands.demo_update import choose_documents, held_out_document, update_as_text, update_database
-from retro_ray.database import edit
 from retro_ray.database.store import Database
 from tests.unit.building.editing import HashEmbedder, document, write_database
 from tests.unit.evaluation.conftest import in_this_process  # noqa: F401
