@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from retro_ray.model import RetroModel, attention
+from retro_ray.model import RetroModel, attention_kernels
 from tests.unit.model.models import RETRIEVAL, Batch, random_batch, random_model, small_config
 
 M = 4
@@ -15,7 +15,7 @@ KINDS = pytest.mark.parametrize("kind", RETRIEVAL)
 @pytest.fixture(params=["plain", "fused"])
 def _kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by matrix products, as on a CPU; then by the fused kernel, as on a GPU."""
-    monkeypatch.setattr(attention, "_PLAIN_MAX_POSITIONS", 10_000 if request.param == "plain" else 0)
+    monkeypatch.setattr(attention_kernels, "_PLAIN_MAX_POSITIONS", 10_000 if request.param == "plain" else 0)
 
 
 def flow(model: RetroModel, batch: Batch, segments_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:

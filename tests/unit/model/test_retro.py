@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from retro_ray.errors import ConfigError
-from retro_ray.model import RetroModel, retro
+from retro_ray.model import RetroModel, decoder
 from tests.unit.model.models import RETRIEVAL, VOCAB_SIZE, random_batch, random_model, small_config
 
 KINDS = pytest.mark.parametrize("kind", RETRIEVAL)
@@ -250,7 +250,7 @@ def test_chunks_without_neighbours_are_left_out_without_a_trace(
     results = []
     for leave_out in (True, False):
         if not leave_out:
-            monkeypatch.setattr(retro, "chunks_with_neighbours", lambda mask: None)
+            monkeypatch.setattr(decoder, "chunks_with_neighbours", lambda mask: None)
         logits = model(batch.tokens_BT, neighbours_BLKR=batch.neighbours_BLKR, neighbour_mask_BLKR=mask_BLKR)
         results.append((logits, *torch.autograd.grad(logits.sin().sum(), list(model.parameters()))))
     for ours, theirs in zip(*results, strict=True):
