@@ -37,16 +37,18 @@ $(VENV)/.browser: | $(VENV)/.test
 	}; } || echo "no Chromium: the playground's tests will be skipped"
 	touch $@
 
-# Two halves side by side, each with some Ray and some without: about as long as each other.
-OTHERS_LOG := $(VENV)/other-tests.log
-AFTER_RAY := tests/browser tests/properties tests/unit/evaluation tests/unit/generation tests/unit/index
+# Three parts side by side, about as long as each other: whoever starts processes leaves a core idle now and then.
+AFTER_E2E := tests/browser tests/properties tests/unit/evaluation tests/unit/generation tests/unit/index
+IN_OTHER_PARTS := tests/integration tests/e2e $(AFTER_E2E)
+PYTEST := $(BIN)/python -m pytest
 test: $(VENV)/.test $(VENV)/.browser
-	@{ $(BIN)/python -m pytest -m "not ray" $(addprefix --ignore ,$(AFTER_RAY)); status=$$?; \
-		$(BIN)/python -m pytest tests/e2e || status=1; exit $$status; } \
-		>$(OTHERS_LOG) 2>&1 & others=$$!; trap "pkill -P $$others; kill $$others" INT TERM; \
-	$(BIN)/python -m pytest -m ray --ignore tests/e2e; status=$$?; \
-	$(BIN)/python -m pytest -m "not ray" $(AFTER_RAY) || status=1; \
-	wait $$others || status=1; cat $(OTHERS_LOG); exit $$status
+	@{ $(PYTEST) tests/e2e; status=$$?; $(PYTEST) $(AFTER_E2E) || status=1; exit $$status; } \
+		>$(VENV)/tests-second.log 2>&1 & second=$$!; \
+	{ $(PYTEST) $(addprefix --ignore ,$(IN_OTHER_PARTS)); } >$(VENV)/tests-third.log 2>&1 & third=$$!; \
+	trap "pkill -P $$second,$$third; kill $$second $$third" INT TERM; \
+	$(PYTEST) tests/integration; status=$$?; \
+	wait $$second || status=1; wait $$third || status=1; \
+	cat $(VENV)/tests-second.log $(VENV)/tests-third.log; exit $$status
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
