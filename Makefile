@@ -38,15 +38,19 @@ $(VENV)/.browser: | $(VENV)/.test
 	touch $@
 
 # Three parts side by side, about as long as each other: whoever starts processes leaves a core idle now and then.
-AFTER_E2E := tests/browser tests/properties tests/unit/evaluation tests/unit/generation tests/unit/index
-IN_OTHER_PARTS := tests/integration tests/e2e $(AFTER_E2E)
+# In the first and the second one, tests that start Ray come first, in a process of their own.
 PYTEST := $(BIN)/python -m pytest
+WITH_RAY := tests/e2e tests/integration/test_training.py
+AFTER_FIRST := tests/properties tests/unit/generation tests/unit/index
+AFTER_SECOND := tests/browser tests/unit/evaluation
+THIRD := tests $(addprefix --ignore ,tests/e2e tests/integration $(AFTER_FIRST) $(AFTER_SECOND))
 test: $(VENV)/.test $(VENV)/.browser
-	@{ $(PYTEST) tests/e2e; status=$$?; $(PYTEST) $(AFTER_E2E) || status=1; exit $$status; } \
+	@{ $(PYTEST) $(WITH_RAY); status=$$?; $(PYTEST) $(AFTER_SECOND) || status=1; exit $$status; } \
 		>$(VENV)/tests-second.log 2>&1 & second=$$!; \
-	{ $(PYTEST) $(addprefix --ignore ,$(IN_OTHER_PARTS)); } >$(VENV)/tests-third.log 2>&1 & third=$$!; \
+	{ $(PYTEST) $(THIRD); } >$(VENV)/tests-third.log 2>&1 & third=$$!; \
 	trap "pkill -P $$second,$$third; kill $$second $$third" INT TERM; \
-	$(PYTEST) tests/integration; status=$$?; \
+	$(PYTEST) tests/integration $(addprefix --ignore ,$(WITH_RAY)); status=$$?; \
+	$(PYTEST) $(AFTER_FIRST) || status=1; \
 	wait $$second || status=1; wait $$third || status=1; \
 	cat $(VENV)/tests-second.log $(VENV)/tests-third.log; exit $$status
 
