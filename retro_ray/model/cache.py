@@ -63,8 +63,9 @@ class DecodeCache:
         self.cca_values = {layer: rows(*of_neighbours) for layer in config.cca_layers}
         self.cca_mask = torch.zeros(batch_size, self.num_cca_rows, device=device, dtype=torch.bool)
         # Of the pointer, if the model has one.
-        has_pointer = config.pointer and bool(config.cca_layers)
-        num_pointed_rows, self._max_ngram = (self.num_cca_rows, config.pointer_max_ngram) if has_pointer else (0, 0)
+        self._has_pointer = config.pointer and bool(config.cca_layers)
+        self._max_ngram = config.pointer_max_ngram if self._has_pointer else 0
+        num_pointed_rows = self._num_pointed_rows
 
         def none(*shape: int) -> Tensor:
             return torch.full((batch_size, *shape), NO_TOKEN, device=device, dtype=torch.int64)
@@ -102,6 +103,11 @@ class DecodeCache:
         fills the last block.
         """
         return whole_blocks(self.num_neighbours * self._config.neighbour_length + (self._config.cca_start == "copy"))
+
+    @property
+    def _num_pointed_rows(self) -> int:
+        """Rows per slot that the pointer may point at."""
+        return self.num_cca_rows if self._has_pointer else 0
 
     def make_room(self, num_slots: int, num_tokens: int) -> None:
         """Let the first slots have room for the keys and values of so many tokens; no slot loses any."""
@@ -146,7 +152,7 @@ class DecodeCache:
             for layer, old in store.items():
                 store[layer] = old.resized(batch_size, self.num_cca_rows)
         self.cca_mask = resized(self.cca_mask, batch_size, self.num_cca_rows)
-        num_pointed_rows = self.num_cca_rows if self.pointer_mask.shape[1] else 0
+        num_pointed_rows = self._num_pointed_rows
         self.pointer_keys = resized(self.pointer_keys, batch_size, num_pointed_rows, self.pointer_keys.shape[2])
         self.pointer_mask = resized(self.pointer_mask, batch_size, num_pointed_rows)
         self.neighbour_tokens = resized(self.neighbour_tokens, batch_size, num_pointed_rows)

@@ -35,8 +35,8 @@ def float32_engine(prefetch: bool, cca_start: str = "copy") -> GenerationEngine:
 
 
 @functools.cache
-def alone(request: GenerationRequest, prefetch: bool) -> GenerationResult:
-    return without_logprobs(float32_engine(prefetch).generate([request])[0])
+def alone(request: GenerationRequest, prefetch: bool, cca_start: str = "copy") -> GenerationResult:
+    return without_logprobs(float32_engine(prefetch, cca_start).generate([request])[0])
 
 
 def without_logprobs(result: GenerationResult) -> GenerationResult:
@@ -67,13 +67,18 @@ def answered(engine: GenerationEngine, state: SequenceState) -> list[RetrievedCh
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**32), requests=st.lists(REQUESTS, min_size=1, max_size=6), prefetch=st.booleans())
+@given(
+    seed=st.integers(0, 2**32),
+    requests=st.lists(REQUESTS, min_size=1, max_size=6),
+    prefetch=st.booleans(),
+    cca_start=st.sampled_from(["paper", "copy"]),
+)
 def test_whoever_comes_and_goes_whenever_neighbours_arrive(
-    seed: int, requests: Sequence[GenerationRequest], prefetch: bool
+    seed: int, requests: Sequence[GenerationRequest], prefetch: bool, cca_start: str
 ) -> None:
     fate = random.Random(seed)
-    engine = float32_engine(prefetch)
-    expected = [alone(request, prefetch) for request in requests]
+    engine = float32_engine(prefetch, cca_start)
+    expected = [alone(request, prefetch, cca_start) for request in requests]
     states = [engine.start(request) for request in requests]
     batch = DecodingBatch(engine.model, max_batch_size=fate.randint(1, 4))
     # Just enough for the largest, or more.
@@ -104,6 +109,27 @@ def test_whoever_comes_and_goes_whenever_neighbours_arrive(
     for number, state in enumerate(states):
         if number not in given_up:
             assert without_logprobs(state.result()) == expected[number]
+
+
+@pytest.mark.parametrize("cca_start", ["paper", "copy"])
+def test_a_request_with_neighbours_joins_one_without(cca_start: str) -> None:
+    """As where a page asks for both side by side."""
+    engine = float32_engine(False, cca_start)
+    shared = {"max_tokens": 3 * M, "sampling": SamplingConfig(temperature=0)}
+    requests = [
+        GenerationRequest(prompt_tokens=tuple(range(1, 6)), retrieval=False, **shared),
+        GenerationRequest(prompt_tokens=tuple(range(1, 3 * M)), **shared),
+    ]
+    states, batch = [engine.start(request) for request in requests], DecodingBatch(engine.model, max_batch_size=2)
+    for state in states:
+        state.retrieved += answered(engine, state)
+        batch.admit([state], 1000)
+        batch.step()
+    while batch.active:
+        for state in states:
+            state.retrieved += answered(engine, state)
+        batch.step()
+    assert [without_logprobs(state.result()) for state in states] == [alone(r, False, cca_start) for r in requests]
 
 
 @settings(max_examples=40, deadline=None)

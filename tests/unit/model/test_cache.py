@@ -151,6 +151,19 @@ def test_slots_decode_on_after_the_cache_was_resized_and_a_slot_moved() -> None:
     assert moved.lengths.tolist() == [9, 6]
 
 
+@pytest.mark.parametrize("kind", RETRIEVAL)
+def test_a_cache_without_neighbours_can_have_some_later(kind: str) -> None:
+    config = small_config(**RETRIEVAL[kind])
+    model = random_model(config)
+    batch = random_batch(config, num_tokens=10)
+    cache = model.new_cache(2, 10, num_neighbours=0)
+    for num_neighbours in (config.num_neighbours, 0, config.num_neighbours):
+        cache.resize(2, 10, num_neighbours)
+    model.prefill(batch.tokens_BT[:, :9], torch.tensor([9, 9]), cache, *batch.retrieval.values())
+    logits_BV = model.decode_step(batch.tokens_BT[:, 9], cache)
+    torch.testing.assert_close(logits_BV, model(batch.tokens_BT, **batch.retrieval)[:, -1])
+
+
 def test_new_tokens_stop_at_the_end_of_a_chunk() -> None:
     """Behind it, those of one pass would need different neighbours."""
     model = random_model(small_config())
