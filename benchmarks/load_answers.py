@@ -26,6 +26,8 @@ class MalformedError(Exception):
 class Answer:
     """What was taken in of an answer, as far as it came."""
 
+    retrieves: bool = True
+    """Whether neighbours were asked for."""
     num_tokens: int = 0
     text: str = ""
     documents: set[str] = field(default_factory=set)
@@ -45,9 +47,8 @@ class Answer:
         _require(bool(neighbours or self.missing_shards), "no neighbours, though no shard is missing")
 
 
-def read_completion(content: Any, max_tokens: int) -> Answer:
-    """A whole completion."""
-    answer = Answer()
+def read_completion(content: Any, max_tokens: int, answer: Answer) -> None:
+    """Takes a whole completion into `answer`."""
     try:
         _require(content["object"] == "text_completion", "not a completion")
         (choice,) = content["choices"]
@@ -59,7 +60,6 @@ def read_completion(content: Any, max_tokens: int) -> Answer:
     except (KeyError, TypeError, ValueError) as error:
         raise MalformedError(f"a completion with {type(error).__name__}: {error}") from error
     _check_end(answer, max_tokens)
-    return answer
 
 
 def read_found(content: Any, num_neighbours: int) -> Answer:
@@ -141,7 +141,7 @@ def _check_end(answer: Answer, max_tokens: int) -> None:
     _require(answer.finish_reason in ("stop", "length"), f"finish_reason is {answer.finish_reason}")
     is_full = answer.num_tokens == max_tokens
     _require(is_full if answer.finish_reason == "length" else answer.num_tokens > 0, f"{answer.num_tokens} tokens")
-    _require(bool(answer.citations), "no citations, though retrieval was on")
+    _require(bool(answer.citations) == answer.retrieves, "citations do not come with retrieval, and with it alone")
     for citation in answer.citations or ():
         start, end = citation["text_start"], citation["text_end"]
         _require(end is not None and 0 <= start <= end <= len(answer.text), f"a citation of text[{start}:{end}]")

@@ -31,6 +31,7 @@ NUM_NEIGHBOURS = 3
 """Of a request to /v1/retrieve."""
 _MAX_TOKENS = 64
 _LONGEST_SHORT_DEADLINE_S = 1.0
+_SHARE_WITHOUT_RETRIEVAL = 0.2
 _PAUSE_AFTER_ERROR_S = 0.2
 
 
@@ -103,7 +104,8 @@ class Client:
                 else:
                     body = _completion(way, text, choices)
                     leave_after = choices.randint(1, 10) if way == "leaves" else None
-                    answer = await _complete(http, body, answer, note_text, leave_after)
+                    answer.retrieves = "retrieval" not in body
+                    await _complete(http, body, answer, note_text, leave_after)
         except Exception as error:
             ending, detail = _classified(error)
         else:
@@ -137,6 +139,8 @@ def _completion(way: Way, prompt: str, choices: random.Random) -> dict[str, Any]
     }
     if way in ("stream", "leaves") or (way == "short deadline" and choices.random() < 0.5):
         body |= {"stream": True, "stream_options": {"include_usage": True}}
+    if choices.random() < _SHARE_WITHOUT_RETRIEVAL:
+        body["retrieval"] = {"enabled": False}
     if way == "short deadline":
         body["deadline_s"] = choices.uniform(0.01, _LONGEST_SHORT_DEADLINE_S)
     return body
@@ -148,12 +152,13 @@ async def _complete(
     answer: Answer,
     note_text: Callable[[], None],
     leave_after: int | None,
-) -> Answer:
+) -> None:
     if not body.get("stream"):
         reply = await http.post("/v1/completions", json=body)
         if reply.status_code != 200:
             raise refusal(reply)
-        return read_completion(reply.json(), body["max_tokens"])
+        read_completion(reply.json(), body["max_tokens"], answer)
+        return
     async with http.stream("POST", "/v1/completions", json=body) as reply:
         if reply.status_code != 200:
             await reply.aread()
@@ -164,7 +169,6 @@ async def _complete(
             num_pieces += 1
             if num_pieces == leave_after:
                 raise _LeavingError
-    return answer
 
 
 def _classified(error: Exception) -> tuple[Ending, str]:
