@@ -285,7 +285,7 @@ class TrainingConfig:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Each worker has the whole model (DDP), or with gradients and the optimiser's state a part of it
     (FSDP), for models that one worker cannot hold. A run may change it when it is resumed."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "int8", "bf16", "fp32"] = "auto"
     """`auto` is bf16 where the hardware multiplies it, else fp32."""
     compile: Literal["auto", "yes", "no"] = "auto"
     """Compile the model's blocks (torch.compile): half a minute before the first step, and faster ones. `auto`: on a

@@ -51,7 +51,7 @@ class RetroLM(TemplateLM):
         run: its name.
         retrieval: on, off, or random: the control with chunks drawn at random.
         num_neighbours: per chunk; default: as many as in training.
-        precision: of the arithmetic: auto, bf16 or fp32.
+        precision: of the arithmetic: auto, bf16 or fp32; int8 is bf16 here.
         batch_size: windows per forward pass, texts generated together.
         device: of a machine with GPUs; default: the first.
         max_gen_toks: tokens generated for tasks that do not say how many.
@@ -171,7 +171,7 @@ class RetroLM(TemplateLM):
     @cached_property
     def _engine(self) -> GenerationEngine:
         model = self._model
-        if resolve_precision(self._precision, self._device) == "bf16":
+        if resolve_precision(self._precision, self._device) != "fp32":
             model = copy.deepcopy(model).bfloat16()
         retriever = None
         if self._retrieves:

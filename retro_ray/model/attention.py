@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from retro_ray.model.attention_kernels import KeysValues, Mask, attend, join_heads, split_heads
 from retro_ray.model.cached_rows import CachedRows
-from retro_ray.model.layers import Rotary, RowRotation, residual_scale, rotate, rotate_rows, start_normal
+from retro_ray.model.layers import (
+    Linear,
+    Rotary,
+    RowRotation,
+    joint_product,
+    residual_scale,
+    rotate,
+    rotate_rows,
+    start_normal,
+)
 from retro_ray.model.new_tokens import NewTokens
 from retro_ray.model.rms_norm import RMSNorm
 
@@ -34,10 +43,10 @@ class SelfAttention(nn.Module):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = head_dim
         self.norm = RMSNorm(dim, eps=eps)
-        self.query = nn.Linear(dim, num_heads * head_dim, bias=bias)
-        self.key = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.value = nn.Linear(dim, num_kv_heads * head_dim, bias=bias)
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=bias)
+        self.query = Linear(dim, num_heads * head_dim, bias=bias)
+        self.key = Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.value = Linear(dim, num_kv_heads * head_dim, bias=bias)
+        self.out = Linear(num_heads * head_dim, dim, bias=bias)
         self.query_norm = RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
         self.key_norm = RMSNorm(head_dim, eps=eps) if qk_norm else nn.Identity()
         self._head_counts = num_heads, num_kv_heads, num_kv_heads
@@ -84,7 +93,7 @@ class SelfAttention(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [..., H, E], keys and values [..., G, E] of `x` [..., D], not yet rotated."""
         if self.joint_projection is None:
-            projected = self.query(x), self.key(x), self.value(x)
+            projected = joint_product((self.query, self.key, self.value), x)
         else:
             projected = self.joint_projection(x).split([n * self.head_dim for n in self._head_counts], dim=-1)
         queries, keys, values = (part.unflatten(-1, (-1, self.head_dim)) for part in projected)
@@ -104,15 +113,18 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.norm = RMSNorm(dim, eps=eps)
-        self.query = nn.Linear(dim, num_heads * head_dim, bias=False)
-        self.key = nn.Linear(context_dim, num_heads * head_dim, bias=False)
-        self.value = nn.Linear(context_dim, num_heads * head_dim, bias=False)
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.query = Linear(dim, num_heads * head_dim, bias=False)
+        self.key = Linear(context_dim, num_heads * head_dim, bias=False)
+        self.value = Linear(context_dim, num_heads * head_dim, bias=False)
+        self.out = Linear(num_heads * head_dim, dim, bias=False)
 
     def keys_values(self, key_input_BSD: Tensor, value_input_BSD: Tensor, rotary: Rotary) -> KeysValues:
         """Rotated keys and values, each [B, H, S, E]."""
-        k_BHSE = rotate(split_heads(self.key(key_input_BSD), self.head_dim), rotary)
-        return k_BHSE, split_heads(self.value(value_input_BSD), self.head_dim)
+        if key_input_BSD is value_input_BSD:
+            key_BSX, value_BSX = joint_product((self.key, self.value), value_input_BSD)
+        else:
+            key_BSX, value_BSX = self.key(key_input_BSD), self.value(value_input_BSD)
+        return rotate(split_heads(key_BSX, self.head_dim), rotary), split_heads(value_BSX, self.head_dim)
 
     def read(self, x_BTD: Tensor, rotary: Rotary, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
         """What the normalised `x` reads from keys and values; without the residual."""

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from retro_ray.model import compiled_training
+from retro_ray.model.compiled_loops import as_array, use_threads_of_torch
+
 _BLOCK = 256
 
 
@@ -40,11 +43,11 @@ class _CausalAttention(torch.autograd.Function):
         scale = q_BHTE.shape[-1] ** -0.5
         # One batch of heads, each with its rows one behind the other: what the products read fastest.
         q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BHTE * scale, k_BHTE, v_BHTE))
-        out, refused, weights = torch.empty_like(q), None if mask is None else ~mask, []
+        out, weights = torch.empty_like(q), []
+        use_threads_of_torch()
         for queries, keys in _blocks(q.shape[1]):
             scores = q[:, queries] @ k[:, keys].transpose(1, 2)
-            _refuse(scores.unflatten(0, q_BHTE.shape[:2]), refused, queries)
-            weights.append(scores.softmax(-1))
+            weights.append(_weights(scores, q_BHTE.shape[:2], mask, queries))
             out[:, queries] = weights[-1] @ v[:, keys]
         ctx.save_for_backward(q, k, v, *weights)
         ctx.scale, ctx.shape = scale, q_BHTE.shape
@@ -67,14 +70,23 @@ class _CausalAttention(torch.autograd.Function):
         return of_q.mul_(ctx.scale).view(ctx.shape), of_k, of_v, None
 
 
-def _refuse(scores: Tensor, refused: Tensor | None, queries: slice) -> None:
-    """Take from the softmax what the queries of a block may not see, in place; `scores` is [B, H, block, keys]."""
-    if refused is not None:
-        scores.add_(refusal(refused[..., queries, : queries.stop], scores.dtype))
-    else:
+def _weights(scores: Tensor, heads: torch.Size, mask: Tensor | None, queries: slice) -> Tensor:
+    """Softmax of the scores [B * H, block, keys] of a block of queries over what these may see; the scores may be
+    overwritten.
+    """
+    allowed = None if mask is None else mask[..., queries, : queries.stop]
+    scores_BHTS = scores.unflatten(0, heads)
+    if scores.dtype == torch.bfloat16:
+        arrays = as_array(scores_BHTS), None if allowed is None else as_array(allowed)
+        compiled_training.softmax_of_allowed(*arrays, queries.start)
+        return scores
+    if allowed is None:
         size = queries.stop - queries.start
         later = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu(1)
         scores[..., queries].add_(refusal(later, scores.dtype))
+    else:
+        scores_BHTS.add_(refusal(~allowed, scores.dtype))
+    return scores.softmax(-1)
 
 
 def refusal(refused: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,110 +5,29 @@ where torch's product of one row takes two to three times as long; and what torc
 operations of some microseconds each takes one. Every row is computed alone and in one order: it gives
 the same to the bit whatever rows are beside it.
 
-Types: a bfloat16 is a uint16 here, and computed with in float32. "Multiples" are what
-int8_product.py multiplies: rows, float32, in units of a step, float32, of their own.
+"Multiples" are what int8_product.py multiplies: rows, float32, in units of a step, float32, of their own.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
-from numba.core import types
-from numba.extending import overload
 
+from retro_ray.model.compiled_loops import (
+    LARGEST_MULTIPLE,
+    SMALLEST_STEP,
+    compiled,
+    exp,
+    share_below,
+    to_bf16,
+    wide,
+)
 
-def _has_openmp() -> bool:
-    try:
-        importlib.import_module("numba.np.ufunc.omppool")
-    except ImportError:
-        return False
-    return True
-
-
-HAS_OPENMP = _has_openmp()
-"""Whether parallel loops run in threads of OpenMP."""
 _LEAST = -1e30
 """Below every score."""
-LARGEST_MULTIPLE = 127
-SMALLEST_STEP = 1e-12
-"""So that a row of zeros has one."""
-
-
-def _compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Loops as machine code, kept on the disk for the next process where there is a place for it.
-
-    Parallel ones share the OpenMP threads of torch, which threads of their own would be in the way of; without OpenMP
-    they run in one thread.
-    """
-    options: dict[str, Any] = {"parallel": parallel and HAS_OPENMP, "nogil": True, "error_model": "numpy"}
-    # Sums may be taken in the order that is fastest; infinities and NaNs stay what they are.
-    options["fastmath"] = {"reassoc", "contract", "nsz", "arcp"}
-
-    def compile_(loops: Callable[..., None]) -> Callable[..., None]:
-        try:
-            return numba.njit(cache=True, **options)(loops)
-        except RuntimeError:  # neither the package's folder nor the user's cache can be written to
-            return numba.njit(**options)(loops)
-
-    return compile_
-
-
-def _wide(x: Any) -> Any:
-    """A number as it is computed with. Numba compiles the overload below in its place."""
-    raise NotImplementedError
-
-
-@overload(_wide, inline="always")
-def _wide_for(x: Any) -> Callable[[Any], Any]:
-    def from_bf16(x: Any) -> Any:
-        return np.uint32(np.uint32(x) << np.uint32(16)).view(np.float32)
-
-    def from_int8(x: Any) -> Any:
-        return np.float32(x)
-
-    def same(x: Any) -> Any:
-        return x
-
-    return {types.uint16: from_bf16, types.int8: from_int8}.get(x, same)
-
-
-@numba.njit(inline="always")
-def _bf16(x: Any) -> Any:
-    """The nearest bfloat16, of two the even one."""
-    bits = np.float32(x).view(np.uint32)
-    return np.uint16((np.uint32(bits + np.uint32(0x7FFF)) + np.uint32((bits >> np.uint32(16)) & np.uint32(1))) >> 16)
-
-
-def _exp(x: Any) -> Any:
-    """Of x <= 0, e^x; as `_wide`."""
-    raise NotImplementedError
-
-
-@overload(_exp, inline="always")
-def _exp_for(x: Any) -> Callable[[Any], Any]:
-    def by_library(x: Any) -> Any:
-        return math.exp(x)
-
-    def by_series(x: Any) -> Any:
-        # 2^t, to 2e-7 of it: unlike a call of the C library, many at once.
-        t = max(x, np.float32(-87)) * np.float32(1.4426950408889634)
-        whole = np.floor(t + np.float32(0.5))
-        f = t - whole
-        power = np.float32(1.5403530e-4)
-        power = power * f + np.float32(1.3333558e-3)
-        power = power * f + np.float32(9.6181291e-3)
-        power = power * f + np.float32(5.5504109e-2)
-        power = power * f + np.float32(0.24022651)
-        power = power * f + np.float32(0.69314718)
-        power = power * f + np.float32(1.0)
-        return power * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-    return by_series if x == types.float32 else by_library
 
 
 @numba.njit(inline="always")
@@ -129,7 +48,7 @@ def _read_head(
             continue
         score = query.dtype.type(0)
         for e in range(head_dim):
-            score += query[e] * _wide(key[row, e])
+            score += query[e] * wide(key[row, e])
         score *= scale
         if key_steps is not None:
             score *= key_steps[row]
@@ -137,7 +56,7 @@ def _read_head(
         largest = max(largest, score)
     total = query.dtype.type(0)
     for row in range(num_rows):
-        weight = _exp(weights[row] - largest)
+        weight = exp(weights[row] - largest)
         if weights[row] < _LEAST:
             weight = query.dtype.type(0)
         weights[row] = weight
@@ -151,7 +70,7 @@ def _read_head(
         if value_steps is not None:
             weight *= value_steps[row]
         for e in range(head_dim):
-            read[e] += weight * _wide(value[row, e])
+            read[e] += weight * wide(value[row, e])
 
 
 @numba.njit(inline="always")
@@ -166,7 +85,7 @@ def _round_head(x: Any, rounded: Any) -> Any:
     return step
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def read_past(q: Any, keys: Any, values: Any, slots: Any, positions: Any, read: Any) -> None:
     """What tokens read in the rows of their slots up to their own positions.
 
@@ -188,7 +107,7 @@ def read_past(q: Any, keys: Any, values: Any, slots: Any, positions: Any, read: 
         )
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def read_allowed(q: Any, keys: Any, values: Any, slots: Any, refusal: Any, read: Any) -> None:
     """What tokens read in those of the first rows of their slots where `refusal`, [B or fewer, S or fewer], is not
     negative; the rest as `read_past`.
@@ -214,34 +133,34 @@ def _to_multiples(row: Any, multiples: Any) -> Any:
     return step
 
 
-@_compiled(parallel=False)
+@compiled(parallel=False)
 def round_rows(x: Any, multiples: Any, steps: Any) -> None:
     """Rows [N, I] as multiples float32 [N, I] and steps float32 [N], both written."""
     for token in range(len(x)):
         for i in range(x.shape[1]):
-            multiples[token, i] = _wide(x[token, i])
+            multiples[token, i] = wide(x[token, i])
         steps[token] = _to_multiples(multiples[token], multiples[token])
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def round_to_bytes(x: Any, rounded: Any, steps: Any) -> None:
     """Rows [N, I] as whole multiples, each with 128 added, uint8 [N, I], of steps float32 [N]; both written."""
     for token in numba.prange(len(x)):
         largest = np.float32(0)
         for i in range(x.shape[1]):
-            largest = max(largest, abs(_wide(x[token, i])))
+            largest = max(largest, abs(wide(x[token, i])))
         step = np.float32(SMALLEST_STEP) + largest * np.float32(1 / LARGEST_MULTIPLE)
         for i in range(x.shape[1]):
-            rounded[token, i] = np.uint8(np.rint(_wide(x[token, i]) / step) + np.float32(128))
+            rounded[token, i] = np.uint8(np.rint(wide(x[token, i]) / step) + np.float32(128))
         steps[token] = step
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def scale_rows(x: Any, steps: Any, scaled: Any) -> None:
     """Rows float32 [N, O] times steps float32 [N], as bfloat16 [N, O], written."""
     for token in numba.prange(len(x)):
         for i in range(x.shape[1]):
-            scaled[token, i] = _bf16(x[token, i] * steps[token])
+            scaled[token, i] = to_bf16(x[token, i] * steps[token])
 
 
 @numba.njit(inline="always")
@@ -255,7 +174,7 @@ def _norm(x: Any, gain: Any, eps: Any, normed: Any) -> None:
         normed[i] = x[i] * scale * gain[i]
 
 
-@_compiled(parallel=False)
+@compiled(parallel=False)
 def round_normed(x: Any, gain: Any, eps: Any, multiples: Any, steps: Any) -> None:
     """RMSNorm of rows float32 [N, D] with `gain` float32 [D], as multiples and steps, both written."""
     for token in range(len(x)):
@@ -269,11 +188,11 @@ def _rotate(x: Any, cos: Any, sin: Any, rotated: Any) -> None:
     half = len(x) // 2
     for e in range(half):
         first, second = x[e], x[e + half]
-        rotated[e] = first * _wide(cos[e]) + second * _wide(sin[e])
-        rotated[e + half] = second * _wide(cos[e + half]) + first * _wide(sin[e + half])
+        rotated[e] = first * wide(cos[e]) + second * wide(sin[e])
+        rotated[e + half] = second * wide(cos[e + half]) + first * wide(sin[e + half])
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def self_attention(
     projected: Any,
     steps: Any,
@@ -355,7 +274,7 @@ def self_attention(
         read_steps[token] = _to_multiples(row, row)
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def cross_attention(
     queries: Any,
     steps: Any,
@@ -410,37 +329,24 @@ def cross_attention(
         read_steps[token] = _to_multiples(row, row)
 
 
-@numba.njit(inline="always")
-def _gelu(x: Any) -> Any:
-    """The product of x and the share of a normal distribution below it; erf by Abramowitz and Stegun 7.1.26."""
-    z = abs(x) * np.float32(0.7071067811865476)
-    t = np.float32(1) / (np.float32(1) + np.float32(0.3275911) * z)
-    p = np.float32(1.061405429)
-    p = p * t + np.float32(-1.453152027)
-    p = p * t + np.float32(1.421413741)
-    p = p * t + np.float32(-0.284496736)
-    p = p * t + np.float32(0.254829592)
-    tail = np.float32(0.5) * p * t * _exp(-z * z)
-    return x * (np.float32(1) - tail if x > 0 else tail)
-
-
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def gelu(up: Any, steps: Any, multiples: Any, new_steps: Any) -> None:
     """GELU of rows float32 [N, F] in units of `steps` [N], as multiples [N, F] and new steps [N], both written."""
     for token in numba.prange(len(up)):
         for i in range(up.shape[1]):
-            multiples[token, i] = _gelu(up[token, i] * steps[token])
+            x = up[token, i] * steps[token]
+            multiples[token, i] = x * share_below(x)
         new_steps[token] = _to_multiples(multiples[token], multiples[token])
 
 
-@_compiled(parallel=True)
+@compiled(parallel=True)
 def gated_silu(gate_up: Any, steps: Any, multiples: Any, new_steps: Any) -> None:
     """SiLU of the first half of rows float32 [N, 2 F] times their second half; the rest as `gelu`."""
     width = gate_up.shape[1] // 2
     for token in numba.prange(len(gate_up)):
         for i in range(width):
             gate = gate_up[token, i] * steps[token]
-            decay = _exp(-abs(gate))
+            decay = exp(-abs(gate))
             share = (np.float32(1) if gate > 0 else decay) / (np.float32(1) + decay)
             multiples[token, i] = gate * share * (gate_up[token, width + i] * steps[token])
         new_steps[token] = _to_multiples(multiples[token], multiples[token])

@@ -16,12 +16,12 @@ from retro_ray.model import compiled_rows
 from retro_ray.model.attention import SelfAttention
 from retro_ray.model.cached_rows import CachedRows
 from retro_ray.model.chunked import ChunkedCrossAttention, NeighbourEncoding
+from retro_ray.model.compiled_loops import as_array, use_threads_of_torch
 from retro_ray.model.decoder_layer import DecoderLayer
 from retro_ray.model.int8_product import Int8Product, Multiples
 from retro_ray.model.layers import FeedForward, GatedFeedForward
 from retro_ray.model.new_tokens import NewTokens
 from retro_ray.model.rms_norm import RMSNorm
-from retro_ray.model.row_attention import as_array, use_threads_of_torch
 
 
 class Int8Norm:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from retro_ray.model import compiled_rows
+from retro_ray.model.compiled_loops import as_array, use_threads_of_torch
 from retro_ray.model.int8_product import ZERO_POINT, row_steps
-from retro_ray.model.row_attention import as_array, use_threads_of_torch
 
 _EXPECTED_ROWS = 256
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retro_ray.model.compiled_rows import LARGEST_MULTIPLE, SMALLEST_STEP
+from retro_ray.model.compiled_loops import LARGEST_MULTIPLE, SMALLEST_STEP
 
 ZERO_POINT = 128
 """The fast kernels take unsigned rows: this is their zero."""

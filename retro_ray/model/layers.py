@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,7 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_ray.config import ModelConfig
-from retro_ray.model.rms_norm import RMSNorm
+from retro_ray.model import compiled_training
+from retro_ray.model.compiled_loops import as_array, use_threads_of_torch
+from retro_ray.model.int8_training import int8_product, is_worthwhile
+from retro_ray.model.rms_norm import RMSNorm, has_many_rows_on_cpu
 
 
 class Rotary(NamedTuple):
@@ -51,8 +55,11 @@ def _on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dt
 
 def rotate(x_BHTE: Tensor, rotary: Rotary) -> Tensor:
     """`x` with the pairs (e, e + E/2) of its last dimension rotated."""
+    on_cpu = x_BHTE.device.type == "cpu"
+    if on_cpu and x_BHTE.dtype == torch.bfloat16 and rotary.cos.dim() == 2 and has_many_rows_on_cpu(x_BHTE):
+        return _RotationInBf16.apply(x_BHTE, rotary.cos.float(), rotary.sin.float())
     cos, sin = rotary.cos.to(x_BHTE.dtype), rotary.sin.to(x_BHTE.dtype)
-    if x_BHTE.device.type == "cpu":
+    if on_cpu:
         return _Rotation.apply(x_BHTE, cos, sin)
     first, second = x_BHTE.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
@@ -80,6 +87,28 @@ def _rotated(x_BHTE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+class _RotationInBf16(torch.autograd.Function):
+    """The same of bfloat16 in one pass. Gradients lie as the products in front of it read them, [B, T, H, E]."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_TE, sin_TE)
+        return _rotated_in_bf16(x_BHTE, cos_TE, sin_TE, torch.empty(x_BHTE.shape, dtype=torch.bfloat16))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        cos_TE, sin_TE = ctx.saved_tensors
+        slopes_BHTE = gradients[0].to(torch.bfloat16)
+        of_x_BTHE = torch.empty(slopes_BHTE.transpose(1, 2).shape, dtype=torch.bfloat16)
+        return _rotated_in_bf16(slopes_BHTE, cos_TE, -sin_TE, of_x_BTHE.transpose(1, 2)), None, None
+
+
+def _rotated_in_bf16(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor, out_BHTE: Tensor) -> Tensor:
+    use_threads_of_torch()
+    compiled_training.rotate(as_array(x_BHTE.detach()), as_array(cos_TE), as_array(sin_TE), as_array(out_BHTE))
+    return out_BHTE
+
+
 class RowRotation(NamedTuple):
     """Rotation of N rows of heads [N, H, E], each row to a position of its own: both [N, 1, E].
 
@@ -102,17 +131,49 @@ def rotate_rows(x_NHE: Tensor, rotation: RowRotation) -> Tensor:
     return torch.addcmul(x_NHE * rotation.cos, x_NHE.roll(x_NHE.shape[-1] // 2, -1), rotation.sin)
 
 
+class Linear(nn.Linear):
+    """A linear layer whose products, while it is trained on a CPU, may be of eight bits."""
+
+    trains_in_int8 = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        return joint_product((self,), input)[0]
+
+
+def joint_product(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
+    """What each of some linear layers makes of x, which in eight bits is one product."""
+    if not all(_trains_in_int8(linear, x) for linear in linears):
+        return tuple(nn.Linear.forward(linear, x) if isinstance(linear, Linear) else linear(x) for linear in linears)
+    weights = [linear.weight for linear in linears]
+    product = int8_product(x, weights[0] if len(weights) == 1 else torch.cat(weights))
+    parts = product.split([len(weight) for weight in weights], dim=-1)
+    return tuple(
+        y if linear.bias is None else y + linear.bias.to(y.dtype) for linear, y in zip(linears, parts, strict=True)
+    )
+
+
+def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
+    """GELU of what a linear layer makes of x."""
+    if _trains_in_int8(linear, x) and linear.bias is None:
+        return int8_product(x, linear.weight, gelu=True)
+    return F.gelu(linear(x))
+
+
+def _trains_in_int8(linear: nn.Module, x: Tensor) -> bool:
+    return isinstance(linear, Linear) and linear.trains_in_int8 and is_worthwhile(x, linear.weight)
+
+
 class FeedForward(nn.Module):
     """FFW: the residual feed-forward block, two matrices around a GELU, as in GPT-2."""
 
     def __init__(self, dim: int, inner_dim: int, eps: float) -> None:
         super().__init__()
         self.norm = RMSNorm(dim, eps=eps)
-        self.up = nn.Linear(dim, inner_dim, bias=False)
-        self.down = nn.Linear(inner_dim, dim, bias=False)
+        self.up = Linear(dim, inner_dim, bias=False)
+        self.down = Linear(inner_dim, dim, bias=False)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        return h_BTD + self.down(F.gelu(self.up(self.norm(h_BTD))))
+        return h_BTD + self.down(gelu_of(self.up, self.norm(h_BTD)))
 
     def initialise(self, num_layers: int) -> None:
         """Starting weights for a block in a stack of `num_layers`."""
@@ -125,11 +186,11 @@ class GatedFeedForward(FeedForward):
 
     def __init__(self, dim: int, inner_dim: int, eps: float) -> None:
         super().__init__(dim, inner_dim, eps)
-        self.gate = nn.Linear(dim, inner_dim, bias=False)
+        self.gate = Linear(dim, inner_dim, bias=False)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        x_BTD = self.norm(h_BTD)
-        return h_BTD + self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        gate, up = joint_product((self.gate, self.up), self.norm(h_BTD))
+        return h_BTD + self.down(F.silu(gate) * up)
 
     def initialise(self, num_layers: int) -> None:
         """Starting weights for a block in a stack of `num_layers`."""

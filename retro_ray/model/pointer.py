@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from retro_ray.config import ModelConfig
 from retro_ray.model.attending import Attending
 from retro_ray.model.encoder import EncodedNeighbours
-from retro_ray.model.layers import start_normal
+from retro_ray.model.layers import Linear, start_normal
 from retro_ray.model.ngrams import match_lengths
 
 _SENTINEL_START = 8.0
@@ -112,9 +112,9 @@ class NeighbourPointer(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.query = nn.Linear(config.hidden_dim, config.hidden_dim, bias=False)
-        self.previous_key = nn.Linear(config.encoder_dim, config.hidden_dim, bias=False)
-        self.own_key = nn.Linear(config.encoder_dim, config.hidden_dim, bias=False)
+        self.query = Linear(config.hidden_dim, config.hidden_dim, bias=False)
+        self.previous_key = Linear(config.encoder_dim, config.hidden_dim, bias=False)
+        self.own_key = Linear(config.encoder_dim, config.hidden_dim, bias=False)
         self.sentinel = nn.Linear(config.hidden_dim, 1)
         self.match = nn.Linear(config.hidden_dim, config.pointer_max_ngram) if config.pointer_max_ngram else None
         start_normal(self.query)

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from functools import cache
-
-import numba
-import numpy as np
 import torch
-from numba.core import config
-from numba.np.ufunc.parallel import get_thread_count
 from torch import Tensor
 
 from retro_ray.model import compiled_rows
-
-logger = logging.getLogger(__name__)
+from retro_ray.model.compiled_loops import as_array, use_threads_of_torch
 
 
 def read_rows(
@@ -39,28 +31,3 @@ def read_rows(
     else:
         compiled_rows.read_allowed(*cached, as_array(refusal_BS.to(precise)), as_array(read_NHE))
     return read_NHE.flatten(1).to(q_NHE.dtype)
-
-
-def as_array(tensor: Tensor) -> np.ndarray:
-    """The same memory; bfloat16 as uint16. Loops are compiled anew for elements that do not follow each other."""
-    array: np.ndarray = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
-
-
-def use_threads_of_torch() -> None:
-    """Parallel loops that this thread calls take as many threads as torch's operations do."""
-    if _have_openmp():
-        numba.set_num_threads(min(torch.get_num_threads(), get_thread_count()))
-
-
-@cache
-def _have_openmp() -> bool:
-    """Asked for once, before any loop runs."""
-    if compiled_rows.HAS_OPENMP:
-        config.THREADING_LAYER = "omp"  # pyright: ignore[reportAttributeAccessIssue]
-    elif torch.get_num_threads() > 1:
-        logger.warning(
-            "Numba finds no OpenMP here, so new tokens read their keys and values with one thread: install libgomp1 "
-            "(Debian, Ubuntu), libgomp (Fedora, RHEL) or libomp (macOS)"
-        )
-    return compiled_rows.HAS_OPENMP

@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retro_ray.config import TrainingConfig
+from retro_ray.errors import ConfigError
+from retro_ray.model.layers import Linear
 from retro_ray.model.retro import RetroModel
-from retro_ray.precision import bf16_is_fast
+from retro_ray.precision import bf16_is_fast, int8_is_fastest
 from retro_ray.training.batches import StepBatch
 from retro_ray.training.compiled import compile_blocks, resolve_compile
 from retro_ray.training.optimizer import Optimizer
@@ -22,18 +24,24 @@ from retro_ray.training.parallel import join_workers, whole, whole_weights
 from retro_ray.training.vocabulary_loss import vocabulary_loss
 from retro_ray.training.windows import NO_TARGET, Batch
 
-Precision = Literal["auto", "bf16", "fp32"]
+Precision = Literal["auto", "int8", "bf16", "fp32"]
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp32"]:
-    """What `auto` means on `device`: bf16 where the hardware multiplies it."""
+def resolve_precision(precision: Precision, device: torch.device) -> Literal["int8", "bf16", "fp32"]:
+    """What `auto` means on `device`: int8 where that is fastest, else bf16 where the hardware multiplies it.
+
+    Raises:
+        ConfigError: it is int8 on a GPU.
+    """
     if precision == "auto":
-        return "bf16" if bf16_is_fast(device) else "fp32"
+        return "int8" if int8_is_fastest(device) else "bf16" if bf16_is_fast(device) else "fp32"
+    if precision == "int8" and device.type != "cpu":
+        raise ConfigError(f"precision is int8, which is for CPUs; on {device.type} take bf16")
     return precision
 
 
 def arithmetic(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context of forward passes: bf16 by autocast, the weights stay fp32."""
+    """The context of forward passes: bf16 by autocast, the weights stay fp32; int8 differs in training alone."""
     if resolve_precision(precision, device) == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -42,11 +50,14 @@ def arithmetic(precision: Precision, device: torch.device) -> contextlib.Abstrac
 class NextTokenLoss(nn.Module):
     """The model and its loss as one module, so that DDP sees the whole forward pass."""
 
-    def __init__(self, model: RetroModel, plain_loss_share: float = 0.0, compiled: bool = False) -> None:
+    def __init__(
+        self, model: RetroModel, plain_loss_share: float = 0.0, compiled: bool = False, in_int8: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self._plain_loss_share = plain_loss_share
         self._compiled = compiled
+        self._in_int8 = in_int8
 
     def forward(
         self,
@@ -68,7 +79,7 @@ class NextTokenLoss(nn.Module):
             return vocabulary_loss(output.flatten(), weight, targets_BT.flatten(), share, compiled=True)
         # Padding is left out before the read-out, the largest single product of a small model.
         asked = targets_BT != NO_TARGET
-        return vocabulary_loss(output[asked], weight, targets_BT[asked], share)
+        return vocabulary_loss(output[asked], weight, targets_BT[asked], share, in_int8=self._in_int8)
 
 
 @dataclass(frozen=True)
@@ -96,7 +107,11 @@ class TrainingStep:
         self._compiled = resolve_compile(config.compile, device)
         if self._compiled:
             compile_blocks(model, device)
-        loss = NextTokenLoss(model, config.plain_loss_share, self._compiled)
+        in_int8 = resolve_precision(config.precision, device) == "int8"
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.trains_in_int8 = in_int8
+        loss = NextTokenLoss(model, config.plain_loss_share, self._compiled, in_int8)
         self._module = join_workers(loss, model, config.parallel, device)
         self.optimizer = Optimizer(model, config)
 

@@ -40,6 +40,8 @@ from retro_ray.training.windows import ChunkTable, WindowReader, stored_neighbou
 
 logger = logging.getLogger(__name__)
 
+_TYPE_OF_PRODUCTS = {"int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
@@ -101,7 +103,7 @@ class Trainer:
         if self._rank == 0:
             self._job.run_directory.mkdir(parents=True, exist_ok=True)
             log.keep_until(self._steps_done)
-        peak = peak_flops(self._device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        peak = peak_flops(self._device, _TYPE_OF_PRODUCTS[precision])
         self._say(self._description(precision))
         progress = Progress(
             log,

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from retro_ray.model.int8_training import Int8ReadOut
 from retro_ray.model.pointer import DecoderOutput
 
 # fp32 logits that exist at once: on a CPU 16 MiB, near what its caches hold; enough for full speed on a GPU.
@@ -44,6 +45,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         plain_share: float,
         compiled: bool,
+        in_int8: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         vocab_size, device = len(weight_VD), h_ND.device
         real_N, targets_N = targets_N >= 0, targets_N.clamp_min(0)
@@ -63,19 +65,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             step = min(step, _TILE * math.ceil(len(h_ND) / (num_parts * _TILE)))
         size = min(len(h_ND), max(step, 0 if compiled else _in_tiles(_SLOPES_AT_ONCE // vocab_size)))
         if compiled:
-            nats_and_slopes = _fused_nats_and_slopes()
+            nats_and_slopes = partial(_of_logits, weight, _fused_nats_and_slopes())
+        elif in_int8:
+            nats_and_slopes = Int8ReadOut(weight_VD).nats_and_slopes
         else:
             buffer_VN = torch.empty(vocab_size, min(size, step), dtype=plain_nats_N.dtype, device=device)
-            nats_and_slopes = partial(_nats_and_slopes, buffer_VN=buffer_VN)
+            nats_and_slopes = partial(_of_logits, weight, partial(_nats_and_slopes, buffer_VN=buffer_VN))
         slopes_VN = torch.empty(vocab_size, size, dtype=dtype, device=device)
         for start in range(0, len(h_ND), max(1, size)):
             part = slice(start, start + size)
             h = h_ND[part].to(dtype)
             slopes = slopes_VN[:, : len(h)]
             for first in range(0, len(h), step):
-                some = slice(first, first + step)
-                rows = slice(start + first, start + first + len(h[some]))
-                plain_nats_N[rows] = nats_and_slopes(weight @ h[some].T, targets_N[rows], real_N[rows], slopes[:, some])
+                some = h[first : first + step]
+                rows = slice(start + first, start + first + len(some))
+                plain_nats_N[rows] = nats_and_slopes(some, targets_N[rows], real_N[rows], slopes_VN, first)
             gradient_h[part] = (weight_DV @ slopes).T
             if log_kept_N is not None and given_N is not None and softmax_part_N is not None:
                 log_by_softmax = log_kept_N[part] - plain_nats_N[part]
@@ -101,12 +105,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         scale, _ = gradients
         of_h, of_weight, of_log_kept, of_given = (None if x is None else x * scale for x in ctx.saved_tensors)
-        return of_h, of_weight, None, of_log_kept, of_given, None, None, None
+        return of_h, of_weight, None, of_log_kept, of_given, None, None, None, None
 
 
 def _in_tiles(num_positions: int) -> int:
     """So many or a few less, at least one."""
     return max(1, num_positions - num_positions % _TILE if num_positions > _TILE else num_positions)
+
+
+def _of_logits(
+    weight_VD: torch.Tensor,
+    nats_and_slopes: Callable[..., torch.Tensor],
+    h_ND: torch.Tensor,
+    targets_N: torch.Tensor,
+    real_N: torch.Tensor,
+    slopes_VN: torch.Tensor,
+    first: int,
+) -> torch.Tensor:
+    """Nats [N] of some positions; their slopes are written to columns from `first` on."""
+    return nats_and_slopes(weight_VD @ h_ND.T, targets_N, real_N, slopes_VN[:, first : first + len(h_ND)])
 
 
 def _nats_and_slopes(
@@ -156,6 +173,7 @@ def vocabulary_loss(
     targets_N: torch.Tensor,
     plain_share: float = 0.0,
     compiled: bool = False,
+    in_int8: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What is to be minimised, and the nats of the targets under `RetroModel.read_out` of an output: both sums, fp32 or
     wider.
@@ -166,10 +184,13 @@ def vocabulary_loss(
         targets_N: int64, from 0 to V - 1; what is negative is no target, and costs as much as one.
         plain_share: with a pointer, the share of nats without it in what is minimised; else that is the nats.
         compiled: what is not a product is (torch.compile), for a GPU.
+        in_int8: logits are products of eight bits, under bf16 autocast on a CPU; gradients are not.
     """
     h_ND, pointed = output.hidden, output.pointed
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
     log_kept_N, given_N = (None, None) if pointed is None else (pointed.log_kept, pointed.given_to(targets_N))
     with torch.autocast(device, enabled=False):  # the products' types are chosen above
-        return _LinearCrossEntropy.apply(h_ND, weight_VD, targets_N, log_kept_N, given_N, dtype, plain_share, compiled)
+        return _LinearCrossEntropy.apply(
+            h_ND, weight_VD, targets_N, log_kept_N, given_N, dtype, plain_share, compiled, in_int8
+        )

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retro_ray.model import compiled_rows, row_attention
+from retro_ray.model import compiled_loops, compiled_rows
 from retro_ray.model.causal_attention import refusal
+from retro_ray.model.compiled_loops import as_array
 from retro_ray.model.int8_product import Multiples
-from retro_ray.model.row_attention import as_array, read_rows
+from retro_ray.model.row_attention import read_rows
 
 TOLERANCES = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -106,21 +107,21 @@ def test_loops_are_compiled_where_no_place_can_keep_them() -> None:
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(names["double"])
     x = np.ones(3)
-    compiled_rows._compiled(parallel=False)(names["double"])(x)
+    compiled_loops.compiled(parallel=False)(names["double"])(x)
     assert x.tolist() == [2, 2, 2]
 
 
 def test_it_is_said_that_there_is_no_openmp(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing else would tell why half of the speed is missing."""
-    monkeypatch.setattr(compiled_rows, "HAS_OPENMP", False)
+    monkeypatch.setattr(compiled_loops, "HAS_OPENMP", False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    row_attention._have_openmp.cache_clear()
+    compiled_loops._have_openmp.cache_clear()
     try:
         for _ in range(2):
-            row_attention.use_threads_of_torch()
+            compiled_loops.use_threads_of_torch()
     finally:
-        row_attention._have_openmp.cache_clear()
+        compiled_loops._have_openmp.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
-        "Numba finds no OpenMP here, so new tokens read their keys and values with one thread: install libgomp1 "
+        "Numba finds no OpenMP here, so what it compiles runs in one thread: install libgomp1 "
         "(Debian, Ubuntu), libgomp (Fedora, RHEL) or libomp (macOS)"
     ]

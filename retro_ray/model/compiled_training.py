@@ -1,0 +1,318 @@
+"""Loops between the products of eight bits of training (int8_training.py) on a CPU, compiled by Numba when they are
+first called.
+
+Each is one pass over memory, where torch takes several: rows are rounded, and sums of integers are made numbers again
+with all that is computed of one element on the way.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+
+from retro_ray.model.compiled_loops import (
+    LARGEST_MULTIPLE,
+    SMALLEST_STEP,
+    compiled,
+    exp,
+    share_below,
+    slope_of_gelu,
+    to_bf16,
+    wide,
+)
+
+_COLUMNS = 64
+"""Positions that a thread passes over together: in the caches lines of 64 bytes are read whole."""
+ROWS_AT_ONCE = 64
+"""That a thread passes over before others, and for which it writes one row of what is taken from all rows."""
+
+
+def num_blocks(num_rows: int) -> int:
+    """How many times `ROWS_AT_ONCE`."""
+    return -(-num_rows // ROWS_AT_ONCE)
+
+
+@compiled(parallel=True)
+def round_rows(x: Any, multiples: Any, steps: Any) -> None:
+    """Rows [N, I] as whole multiples, int8 [N, I], of steps float32 [N]; both written."""
+    for row in numba.prange(len(x)):
+        largest = np.float32(0)
+        for i in range(x.shape[1]):
+            largest = max(largest, abs(wide(x[row, i])))
+        step = np.float32(SMALLEST_STEP) + largest * np.float32(1 / LARGEST_MULTIPLE)
+        per_step = np.float32(1) / step
+        for i in range(x.shape[1]):
+            multiples[row, i] = np.int8(np.rint(wide(x[row, i]) * per_step))
+        steps[row] = step
+
+
+@compiled(parallel=True)
+def scale_sums(sums: Any, row_steps: Any, column_steps: Any, before: Any, y: Any) -> None:
+    """Sums int32 [N, O] of multiples in units of steps.
+
+    Args:
+        sums: of products.
+        row_steps: float32 [N].
+        column_steps: float32 [O], or None.
+        before: bfloat16 [N, O], what `y` is GELU of, written; or None, and `y` is that itself.
+        y: bfloat16 [N, O], written.
+    """
+    for row in numba.prange(len(sums)):
+        step = row_steps[row]
+        for o in range(sums.shape[1]):
+            x = np.float32(sums[row, o]) * step
+            if column_steps is not None:
+                x *= column_steps[o]
+            if before is not None:
+                before[row, o] = to_bf16(x)
+                x *= share_below(x)
+            y[row, o] = to_bf16(x)
+
+
+@compiled(parallel=True)
+def scale_rows(sums: Any, row_steps: Any, y: Any) -> None:
+    """Sums int32 [N, O] of multiples in units of `row_steps` float32 [N], as float32 [N, O], written."""
+    for row in numba.prange(len(sums)):
+        for o in range(sums.shape[1]):
+            y[row, o] = np.float32(sums[row, o]) * row_steps[row]
+
+
+@compiled(parallel=True)
+def round_slopes_by_rows(
+    slopes: Any, before: Any, column_steps: Any, row_weights: Any, multiples: Any, steps: Any, kept: Any, largest: Any
+) -> None:
+    """Slopes times `column_steps`, by rows, as `round_rows`; and what `round_slopes_by_columns` needs.
+
+    Args:
+        slopes: bfloat16 [N, O].
+        before: bfloat16 [N, O]: slopes are of GELU, and become those of what is before it; or None.
+        column_steps: float32 [O].
+        row_weights: float32 [N].
+        multiples: int8 [N, O], written.
+        steps: float32 [N], written.
+        kept: bfloat16 [N, O], slopes before GELU, written; None where `before` is.
+        largest: float32 [N / ROWS_AT_ONCE, O], of the slopes times `row_weights`, over so many rows, written.
+    """
+    num_rows, width = slopes.shape
+    for block in numba.prange(len(largest)):
+        for o in range(width):
+            largest[block, o] = 0
+        scaled = np.empty(width, np.float32)
+        for row in range(block * ROWS_AT_ONCE, min(num_rows, (block + 1) * ROWS_AT_ONCE)):
+            # Several short loops: one that reads and writes so much is not compiled to vectors.
+            weight, largest_in_row = row_weights[row], np.float32(0)
+            if before is not None:
+                for o in range(width):
+                    scaled[o] = wide(slopes[row, o]) * slope_of_gelu(wide(before[row, o]))
+                for o in range(width):
+                    kept[row, o] = to_bf16(scaled[o])
+            for o in range(width):
+                if before is None:
+                    slope = wide(slopes[row, o])
+                else:
+                    slope = scaled[o]
+                largest[block, o] = max(largest[block, o], abs(slope) * weight)
+                scaled[o] = slope * column_steps[o]
+                largest_in_row = max(largest_in_row, abs(scaled[o]))
+            step = np.float32(SMALLEST_STEP) + largest_in_row * np.float32(1 / LARGEST_MULTIPLE)
+            per_step = np.float32(1) / step
+            for o in range(width):
+                multiples[row, o] = np.int8(np.rint(scaled[o] * per_step))
+            steps[row] = step
+
+
+@compiled(parallel=True)
+def round_slopes_by_columns(slopes: Any, row_weights: Any, per_step: Any, multiples: Any) -> None:
+    """Slopes times `row_weights`, rounded to multiples of steps that are the columns' own.
+
+    Args:
+        slopes: bfloat16 [N, O].
+        row_weights: float32 [N].
+        per_step: float32 [O], one over the steps.
+        multiples: int8 [N, O], written.
+    """
+    for row in numba.prange(len(slopes)):
+        weight = row_weights[row]
+        for o in range(slopes.shape[1]):
+            multiples[row, o] = np.int8(np.rint(wide(slopes[row, o]) * (weight * per_step[o])))
+
+
+@compiled(parallel=True)
+def nats_and_slopes(
+    sums: Any,
+    shares: Any,
+    weight_steps: Any,
+    h_steps: Any,
+    targets: Any,
+    real: Any,
+    nats: Any,
+    slopes: Any,
+    first: Any,
+) -> None:
+    """Nats of targets and their slopes, softmax - one-hot, from logits of V tokens at N positions. Both are zero for a
+    target that is not real.
+
+    Args:
+        sums: int32 [V, N], logits in units of both steps; overwritten.
+        shares: float32, the same memory.
+        weight_steps: float32 [V].
+        h_steps: float32 [N].
+        targets: int64 [N].
+        real: bool [N].
+        nats: float32 [N], written.
+        slopes: bfloat16 [V, more than N], written from column `first` on.
+        first: of the slopes' columns.
+    """
+    vocab_size, num_positions = sums.shape
+    for block in numba.prange((num_positions + _COLUMNS - 1) // _COLUMNS):
+        start = block * _COLUMNS
+        width = min(num_positions - start, _COLUMNS)
+        highest, total, logits = (
+            np.full(width, np.float32(-1e30)),
+            np.zeros(width, np.float32),
+            np.empty(width, np.float32),
+        )
+        steps = h_steps[start : start + width].copy()
+        for token in range(vocab_size):
+            row, weight_step = sums[token, start : start + width], weight_steps[token]
+            for n in range(width):
+                highest[n] = max(highest[n], np.float32(row[n]) * (weight_step * steps[n]))
+        for n in range(width):
+            target = targets[start + n]
+            nats[start + n] = highest[n] - np.float32(sums[target, start + n]) * (weight_steps[target] * steps[n])
+        for token in range(vocab_size):
+            row, share, weight_step = (
+                sums[token, start : start + width],
+                shares[token, start : start + width],
+                weight_steps[token],
+            )
+            for n in range(width):
+                logits[n] = exp(np.float32(row[n]) * (weight_step * steps[n]) - highest[n])
+            for n in range(width):
+                total[n] += logits[n]
+                share[n] = logits[n]
+        for n in range(width):
+            is_real = real[start + n]
+            nats[start + n] = nats[start + n] + np.log(total[n]) if is_real else np.float32(0)
+            total[n] = np.float32(1) / total[n] if is_real else np.float32(0)
+        for token in range(vocab_size):
+            share, slope = shares[token, start : start + width], slopes[token, first + start : first + start + width]
+            for n in range(width):
+                slope[n] = to_bf16(share[n] * total[n])
+        for n in range(width):
+            if real[start + n]:
+                target = targets[start + n]
+                slopes[target, first + start + n] = to_bf16(shares[target, start + n] * total[n] - np.float32(1))
+
+
+@compiled(parallel=True)
+def rms_norm(x: Any, gain: Any, eps: Any, scales: Any, y: Any) -> None:
+    """RMSNorm of rows.
+
+    Args:
+        x: float32 [N, D].
+        gain: float32 [D].
+        eps: added to the mean of squares.
+        scales: float32 [N], one over each row's root mean square, written.
+        y: bfloat16 [N, D], written.
+    """
+    num_rows, width = x.shape
+    for row in numba.prange(num_rows):
+        total = np.float32(0)
+        for i in range(width):
+            total += x[row, i] * x[row, i]
+        scale = np.float32(1) / np.sqrt(total / np.float32(width) + np.float32(eps))
+        for i in range(width):
+            y[row, i] = to_bf16(x[row, i] * scale * gain[i])
+        scales[row] = scale
+
+
+@compiled(parallel=True)
+def slopes_of_rms_norm(x: Any, gain: Any, scales: Any, slopes: Any, of_x: Any, of_gain: Any) -> None:
+    """Gradients of `rms_norm`.
+
+    Args:
+        x: float32 [N, D].
+        gain: float32 [D].
+        scales: float32 [N].
+        slopes: bfloat16 [N, D], of the result.
+        of_x: float32 [N, D], written.
+        of_gain: float32 [N / ROWS_AT_ONCE, D], of so many rows each, written.
+    """
+    num_rows, width = x.shape
+    for block in numba.prange(len(of_gain)):
+        for i in range(width):
+            of_gain[block, i] = 0
+        for row in range(block * ROWS_AT_ONCE, min(num_rows, (block + 1) * ROWS_AT_ONCE)):
+            scale, total = scales[row], np.float32(0)
+            for i in range(width):
+                product = wide(slopes[row, i]) * x[row, i]
+                of_gain[block, i] += product * scale
+                total += product * gain[i]
+            # x changes its own value, and the scale through the mean of the squares.
+            share = total * scale * scale * scale / np.float32(width)
+            for i in range(width):
+                of_x[row, i] = wide(slopes[row, i]) * gain[i] * scale - x[row, i] * share
+
+
+@compiled(parallel=True)
+def rotate(x: Any, cos: Any, sin: Any, rotated: Any) -> None:
+    """Heads bfloat16 [B, H, T, E], which may lie in any order in memory, rotated as layers.rotate says.
+
+    Args:
+        x: of queries or keys.
+        cos: float32 [T, E / 2].
+        sin: float32 [T, E / 2].
+        rotated: bfloat16 [B, H, T, E], written.
+    """
+    batch_size, num_heads, num_tokens, head_dim = x.shape
+    half = head_dim // 2
+    for item in numba.prange(batch_size * num_tokens):
+        sequence, token = item // num_tokens, item % num_tokens
+        old, cosines, sines = np.empty(head_dim, np.float32), cos[token], sin[token]
+        for head in range(num_heads):
+            row, new = x[sequence, head, token], rotated[sequence, head, token]
+            for e in range(head_dim):
+                old[e] = wide(row[e])
+            for e in range(half):
+                new[e] = to_bf16(old[e] * cosines[e] - old[e + half] * sines[e])
+            for e in range(half):
+                new[e + half] = to_bf16(old[e + half] * cosines[e] + old[e] * sines[e])
+
+
+@compiled(parallel=True)
+def softmax_of_allowed(scores: Any, allowed: Any, first: Any) -> None:
+    """Scores of consecutive queries become weights.
+
+    Args:
+        scores: bfloat16 [B, H, T, S], overwritten.
+        allowed: bool [B or 1, 1, T, S], the keys that a query sees; or None, those up to its own.
+        first: position of the first query.
+    """
+    batch_size, num_heads, num_queries, num_keys = scores.shape
+    for item in numba.prange(batch_size * num_heads * num_queries):
+        query = item % num_queries
+        head, sequence = item // num_queries % num_heads, item // (num_queries * num_heads)
+        row = scores[sequence, head, query]
+        weights = np.empty(num_keys, np.float32)
+        for s in range(num_keys):
+            weights[s] = wide(row[s])
+        if allowed is None:
+            for s in range(first + query + 1, num_keys):
+                weights[s] = np.float32(-1e30)
+        else:
+            sees = allowed[sequence if len(allowed) > 1 else 0, 0, query]
+            for s in range(num_keys):
+                weights[s] = weights[s] if sees[s] else np.float32(-1e30)
+        largest, total = np.float32(-1e30), np.float32(0)
+        for s in range(num_keys):
+            largest = max(largest, weights[s])
+        for s in range(num_keys):
+            weight = exp(weights[s] - largest)
+            weights[s] = weight
+            total += weight
+        per_total = np.float32(1) / total
+        for s in range(num_keys):
+            row[s] = to_bf16(weights[s] * per_total)
