@@ -80,6 +80,14 @@ def scale_rows(sums: Any, row_steps: Any, y: Any) -> None:
 
 
 @compiled(parallel=True)
+def add_sums(sums: Any, row_steps: Any, y: Any) -> None:
+    """The same, added to y."""
+    for row in numba.prange(len(sums)):
+        for o in range(sums.shape[1]):
+            y[row, o] += np.float32(sums[row, o]) * row_steps[row]
+
+
+@compiled(parallel=True)
 def round_slopes_by_rows(
     slopes: Any, before: Any, column_steps: Any, row_weights: Any, multiples: Any, steps: Any, kept: Any, largest: Any
 ) -> None:
@@ -109,10 +117,7 @@ def round_slopes_by_rows(
                 for o in range(width):
                     kept[row, o] = to_bf16(scaled[o])
             for o in range(width):
-                if before is None:
-                    slope = wide(slopes[row, o])
-                else:
-                    slope = scaled[o]
+                slope = wide(slopes[row, o]) if before is None else scaled[o]
                 largest[block, o] = max(largest[block, o], abs(slope) * weight)
                 scaled[o] = slope * column_steps[o]
                 largest_in_row = max(largest_in_row, abs(scaled[o]))
@@ -149,9 +154,11 @@ def nats_and_slopes(
     real: Any,
     nats: Any,
     slopes: Any,
+    multiples: Any,
+    steps: Any,
     first: Any,
 ) -> None:
-    """Nats of targets and their slopes, softmax - one-hot, from logits of V tokens at N positions. Both are zero for a
+    """Nats of targets and their slopes, softmax - one-hot, from logits of V tokens at N positions. All are zero for a
     target that is not real.
 
     Args:
@@ -163,44 +170,48 @@ def nats_and_slopes(
         real: bool [N].
         nats: float32 [N], written.
         slopes: bfloat16 [V, more than N], written from column `first` on.
+        multiples: int8, of the same shape, written there: the softmax times `weight_steps`, in units of `steps`.
+        steps: float32 [N], written.
         first: of the slopes' columns.
     """
     vocab_size, num_positions = sums.shape
     for block in numba.prange((num_positions + _COLUMNS - 1) // _COLUMNS):
         start = block * _COLUMNS
         width = min(num_positions - start, _COLUMNS)
-        highest, total, logits = (
-            np.full(width, np.float32(-1e30)),
-            np.zeros(width, np.float32),
-            np.empty(width, np.float32),
-        )
-        steps = h_steps[start : start + width].copy()
+        highest, total = np.full(width, np.float32(-1e30)), np.zeros(width, np.float32)
+        largest, logits = np.zeros(width, np.float32), np.empty(width, np.float32)
+        from_h = h_steps[start : start + width].copy()
         for token in range(vocab_size):
             row, weight_step = sums[token, start : start + width], weight_steps[token]
             for n in range(width):
-                highest[n] = max(highest[n], np.float32(row[n]) * (weight_step * steps[n]))
+                highest[n] = max(highest[n], np.float32(row[n]) * (weight_step * from_h[n]))
         for n in range(width):
             target = targets[start + n]
-            nats[start + n] = highest[n] - np.float32(sums[target, start + n]) * (weight_steps[target] * steps[n])
+            nats[start + n] = highest[n] - np.float32(sums[target, start + n]) * (weight_steps[target] * from_h[n])
         for token in range(vocab_size):
-            row, share, weight_step = (
-                sums[token, start : start + width],
-                shares[token, start : start + width],
-                weight_steps[token],
-            )
+            row, share = sums[token, start : start + width], shares[token, start : start + width]
+            weight_step = weight_steps[token]
             for n in range(width):
-                logits[n] = exp(np.float32(row[n]) * (weight_step * steps[n]) - highest[n])
+                logits[n] = exp(np.float32(row[n]) * (weight_step * from_h[n]) - highest[n])
             for n in range(width):
                 total[n] += logits[n]
+                largest[n] = max(largest[n], logits[n] * weight_step)
                 share[n] = logits[n]
         for n in range(width):
             is_real = real[start + n]
             nats[start + n] = nats[start + n] + np.log(total[n]) if is_real else np.float32(0)
             total[n] = np.float32(1) / total[n] if is_real else np.float32(0)
+            step = np.float32(SMALLEST_STEP) + largest[n] * total[n] * np.float32(1 / LARGEST_MULTIPLE)
+            steps[start + n] = step
+            largest[n] = total[n] / step
         for token in range(vocab_size):
-            share, slope = shares[token, start : start + width], slopes[token, first + start : first + start + width]
+            share, weight_step = shares[token, start : start + width], weight_steps[token]
+            slope = slopes[token, first + start : first + start + width]
+            multiple = multiples[token, first + start : first + start + width]
             for n in range(width):
                 slope[n] = to_bf16(share[n] * total[n])
+            for n in range(width):
+                multiple[n] = np.int8(np.rint(share[n] * (weight_step * largest[n])))
         for n in range(width):
             if real[start + n]:
                 target = targets[start + n]
@@ -316,3 +327,29 @@ def softmax_of_allowed(scores: Any, allowed: Any, first: Any) -> None:
         per_total = np.float32(1) / total
         for s in range(num_keys):
             row[s] = to_bf16(weights[s] * per_total)
+
+
+@compiled(parallel=True)
+def round_shares(slopes: Any, targets: Any, position_weights: Any, multiples: Any, steps: Any) -> None:
+    """A softmax from its slopes, times `position_weights`, as whole multiples of steps that are the tokens' own.
+
+    Args:
+        slopes: bfloat16 [V, at least N], softmax - one-hot.
+        targets: int32 [N], negative where nothing was taken from the softmax.
+        position_weights: float32 [N].
+        multiples: int8 [V, N], written.
+        steps: float32 [V], written.
+    """
+    vocab_size, num_positions = multiples.shape
+    for token in numba.prange(vocab_size):
+        shares, largest = np.empty(num_positions, np.float32), np.float32(0)
+        for n in range(num_positions):
+            share = wide(slopes[token, n]) + (np.float32(1) if targets[n] == token else np.float32(0))
+            shares[n] = share * position_weights[n]
+        for n in range(num_positions):
+            largest = max(largest, abs(shares[n]))
+        step = np.float32(SMALLEST_STEP) + largest * np.float32(1 / LARGEST_MULTIPLE)
+        per_step = np.float32(1) / step
+        for n in range(num_positions):
+            multiples[token, n] = np.int8(np.rint(shares[n] * per_step))
+        steps[token] = step

@@ -3,13 +3,14 @@
 All three products of a linear layer, y = x W^T and the gradients of x and W, multiply whole numbers and add them up in
 32 bits, twice as fast as bf16 where a CPU has instructions for that and none for matrices (AVX-512 VNNI without AMX).
 Rows of x and of W become multiples of a 127th of their largest component. A step belongs to a row that is added up, so
-that sums can be scaled afterwards; where rows meet in the sum of a product (those of W in the gradient of x, those of x
-in that of W) their steps are multiplied to the slopes, before these are rounded: by rows for the one, by columns for the
-other. As Wortsman et al. 2023 do for the first two products; the third is left in 16 bits there.
+that sums can be scaled afterwards; where rows meet in the sum of a product (those of W in the gradient of x, those of
+x in that of W) their steps are multiplied to the slopes, before these are rounded: by rows for the one, by columns for
+the other. So do Wortsman et al. 2023 for the first two products; the third they leave in 16 bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -80,26 +81,55 @@ class _Product(torch.autograd.Function):
 
 
 class Int8ReadOut:
-    """Logits of eight-bit products on the way to their slopes: those of a part of the positions at a time.
+    """The three products of a read-out and its loss, for a part of the positions after the other.
+
+    Both gradients are of a softmax, whose shares are rounded alone, and of targets, which are added exactly: next to
+    the 1 of a target all other shares would be rounded to nothing, though together they weigh as much.
 
     Args:
         weight_VD: float32, the read-out.
+        num_positions: the most of a part.
+        num_at_once: of how many of them there are logits.
     """
 
-    def __init__(self, weight_VD: Tensor) -> None:
+    def __init__(self, weight_VD: Tensor, num_positions: int, num_at_once: int) -> None:
         use_threads_of_torch()
-        self._w8_VD, self._steps_V = _rounded(weight_VD.contiguous())
+        self._num_at_once = num_at_once
+        self._weight_VD = weight_VD
+        self._w8_VD, self._w_steps_V = _rounded(weight_VD.contiguous())
+        self._slopes_VN = torch.empty(len(weight_VD), num_positions, dtype=torch.bfloat16)
+        self._shares8_VN = torch.empty(len(weight_VD), num_positions, dtype=torch.int8)
 
-    def nats_and_slopes(self, h_ND: Tensor, targets_N: Tensor, real_N: Tensor, slopes_VN: Tensor, first: int) -> Tensor:
-        """Nats, float32 [N], of targets; their slopes, softmax - one-hot, are written to columns from `first` on.
-        Both are zero for a target that is not real.
+    def nats_and_gradient(self, h_ND: Tensor, targets_N: Tensor, real_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats, float32 [N], of targets, and their gradients of h, float32 [N, D]; both are zero for a target that is
+        not real.
         """
         h8_ND, h_steps_N = _rounded(h_ND.contiguous())
-        sums_VN = torch._int_mm(self._w8_VD, h8_ND.T)
-        nats_N = torch.empty(len(h_ND))
-        tensors = sums_VN, sums_VN.view(torch.float32), self._steps_V, h_steps_N, targets_N, real_N, nats_N, slopes_VN
-        compiled_training.nats_and_slopes(*_arrays(*tensors), first)
-        return nats_N
+        nats_N, steps_N = torch.empty(len(h_ND)), torch.empty(len(h_ND))
+        for first in range(0, len(h_ND), self._num_at_once):
+            some = slice(first, first + self._num_at_once)
+            sums_VN = torch._int_mm(self._w8_VD, h8_ND[some].T)
+            read = sums_VN, sums_VN.view(torch.float32), self._w_steps_V, h_steps_N[some], targets_N[some], real_N[some]
+            written = nats_N[some], self._slopes_VN, self._shares8_VN, steps_N[some]
+            compiled_training.nats_and_slopes(*_arrays(*read, *written), first)
+        self._h8_ND, self._h_steps_N = h8_ND, h_steps_N
+        sums_DN = torch._int_mm(self._w8_VD.T, self._shares8_VN[:, : len(h_ND)])
+        of_h_ND = sums_DN.T * steps_N[:, None]
+        return nats_N, of_h_ND.sub_(self._weight_VD[targets_N] * real_N[:, None])
+
+    def add_gradient(
+        self, of_weight_VD: Tensor, h_ND: Tensor, weights_N: Tensor | None, targets_N: Tensor, real_N: Tensor
+    ) -> None:
+        """Adds the gradient that the slopes of the last positions give the read-out, times `weights`."""
+        weights_N = real_N.float() if weights_N is None else real_N * weights_N
+        shares8_VN = self._shares8_VN.view(-1)[: len(of_weight_VD) * len(h_ND)].view(len(of_weight_VD), len(h_ND))
+        steps_V = torch.empty(len(of_weight_VD))
+        asked_N = targets_N.masked_fill(~real_N, -1).int()
+        tensors = self._slopes_VN, asked_N, weights_N * self._h_steps_N, shares8_VN, steps_V
+        compiled_training.round_shares(*_arrays(*tensors))
+        for some, sums in _products(shares8_VN, self._h8_ND):
+            compiled_training.add_sums(*_arrays(sums, steps_V[some], of_weight_VD[some]))
+        of_weight_VD.index_add_(0, targets_N, h_ND.float() * weights_N[:, None], alpha=-1)
 
 
 def _rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,16 +150,21 @@ def _multiply(
     """Products of multiples, scaled by their steps, are written to `y`, bfloat16 or float32; see
     `compiled_training.scale_sums`.
     """
-    num_rows = max(1, _SUMS_AT_ONCE // y_NO.shape[1])
-    sums = torch.empty(min(num_rows, len(y_NO)), y_NO.shape[1], dtype=torch.int32)
-    for start in range(0, len(y_NO), num_rows):
-        some = slice(start, start + num_rows)
+    for some, sums in _products(a_NI, b_IO):
         y, steps, before = y_NO[some], row_steps_N[some], None if before_NO is None else before_NO[some]
-        torch._int_mm(a_NI[some], b_IO, out=sums[: len(y)])
         if y.dtype == torch.float32:
-            compiled_training.scale_rows(*_arrays(sums[: len(y)], steps, y))
+            compiled_training.scale_rows(*_arrays(sums, steps, y))
         else:
-            compiled_training.scale_sums(*_arrays(sums[: len(y)], steps, column_steps_O, before, y))
+            compiled_training.scale_sums(*_arrays(sums, steps, column_steps_O, before, y))
+
+
+def _products(a_NI: Tensor, b_IO: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of the product of multiples, int32 [.., O], and the rows that they are; each overwrites the one before."""
+    num_rows = max(1, _SUMS_AT_ONCE // b_IO.shape[1])
+    sums = torch.empty(min(num_rows, len(a_NI)), b_IO.shape[1], dtype=torch.int32)
+    for start in range(0, len(a_NI), num_rows):
+        some = slice(start, start + num_rows)
+        yield some, torch._int_mm(a_NI[some], b_IO, out=sums[: len(a_NI[some])])
 
 
 def _arrays(*tensors: Tensor | None) -> Any:

@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from retro_ray.model.int8_training import Int8ReadOut
+from retro_ray.model.int8_training import Int8ReadOut, is_worthwhile
 from retro_ray.model.pointer import DecoderOutput
 
 # fp32 logits that exist at once: on a CPU 16 MiB, near what its caches hold; enough for full speed on a GPU.
@@ -47,50 +47,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         compiled: bool,
         in_int8: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        vocab_size, device = len(weight_VD), h_ND.device
+        device = h_ND.device
         real_N, targets_N = targets_N >= 0, targets_N.clamp_min(0)
-        # Positions are columns here: of all orders of the three products, a CPU's bf16 multiplies these in half the
-        # time of others, transposing the weights included.
-        weight = weight_VD.to(dtype)
-        weight_DV = weight.T.contiguous()
         gradient_h = torch.empty_like(h_ND)
         gradient_weight = None if ctx.needs_input_grad[1] is False else torch.zeros_like(weight_VD)
         plain_nats_N = torch.empty(len(h_ND), dtype=torch.promote_types(dtype, torch.float32), device=device)
         nats_N, softmax_part_N = plain_nats_N, None
         if log_kept_N is not None:
             nats_N, softmax_part_N = torch.empty_like(plain_nats_N), torch.empty_like(plain_nats_N)
-        step = _in_tiles(LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "cuda"] // vocab_size)
-        if compiled:  # parts of one size are compiled for once
-            num_parts = max(1, math.ceil(len(h_ND) / step))
-            step = min(step, _TILE * math.ceil(len(h_ND) / (num_parts * _TILE)))
-        size = min(len(h_ND), max(step, 0 if compiled else _in_tiles(_SLOPES_AT_ONCE // vocab_size)))
-        if compiled:
-            nats_and_slopes = partial(_of_logits, weight, _fused_nats_and_slopes())
-        elif in_int8:
-            nats_and_slopes = Int8ReadOut(weight_VD).nats_and_slopes
+        at_once, size = _positions(len(h_ND), len(weight_VD), device, compiled)
+        if in_int8:
+            read_out: ReadOut = Int8ReadOut(weight_VD, size, at_once)
         else:
-            buffer_VN = torch.empty(vocab_size, min(size, step), dtype=plain_nats_N.dtype, device=device)
-            nats_and_slopes = partial(_of_logits, weight, partial(_nats_and_slopes, buffer_VN=buffer_VN))
-        slopes_VN = torch.empty(vocab_size, size, dtype=dtype, device=device)
+            read_out = _PlainReadOut(weight_VD, size, at_once, dtype, compiled)
         for start in range(0, len(h_ND), max(1, size)):
             part = slice(start, start + size)
-            h = h_ND[part].to(dtype)
-            slopes = slopes_VN[:, : len(h)]
-            for first in range(0, len(h), step):
-                some = h[first : first + step]
-                rows = slice(start + first, start + first + len(some))
-                plain_nats_N[rows] = nats_and_slopes(some, targets_N[rows], real_N[rows], slopes_VN, first)
-            gradient_h[part] = (weight_DV @ slopes).T
+            h, weights_N = h_ND[part].to(dtype), None
+            plain_nats_N[part], gradient_h[part] = read_out.nats_and_gradient(h, targets_N[part], real_N[part])
             if log_kept_N is not None and given_N is not None and softmax_part_N is not None:
                 log_by_softmax = log_kept_N[part] - plain_nats_N[part]
                 nats_N[part] = -torch.logaddexp(log_by_softmax, given_N[part].log())
                 softmax_part_N[part] = (log_by_softmax + nats_N[part]).exp()
                 # Slopes times a number for each position: of the products it takes fewer than of the slopes.
-                weights = plain_share + (1 - plain_share) * softmax_part_N[part, None]
-                gradient_h[part] *= weights
-                h = (h * weights).to(dtype)
+                weights_N = plain_share + (1 - plain_share) * softmax_part_N[part]
+                gradient_h[part] *= weights_N[:, None]
             if gradient_weight is not None:
-                gradient_weight += slopes @ h
+                read_out.add_gradient(gradient_weight, h, weights_N, targets_N[part], real_N[part])
         nats_N = nats_N * real_N
         mixed_share, mixed_share_N = 1 - plain_share, real_N * (plain_share - 1)
         of_log_kept = None if softmax_part_N is None else mixed_share_N * softmax_part_N
@@ -108,22 +90,88 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return of_h, of_weight, None, of_log_kept, of_given, None, None, None, None
 
 
+class ReadOut(Protocol):
+    """The products with a read-out [V, D], for a part of the positions after the other."""
+
+    def nats_and_gradient(
+        self, h_ND: torch.Tensor, targets_N: torch.Tensor, real_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nats [N], and their gradients of h [N, D]. Both are zero for a target that is not real."""
+        ...
+
+    def add_gradient(
+        self,
+        of_weight_VD: torch.Tensor,
+        h_ND: torch.Tensor,
+        weights_N: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        real_N: torch.Tensor,
+    ) -> None:
+        """Adds the gradient that nats of the last positions, times `weights`, give the read-out."""
+        ...
+
+
+class _PlainReadOut:
+    """Products in one type, of all positions at once but for the logits.
+
+    Positions are columns here: of all orders of the three products, a CPU's bf16 multiplies these in half the time of
+    others, transposing the weights included.
+    """
+
+    def __init__(
+        self, weight_VD: torch.Tensor, num_positions: int, num_at_once: int, dtype: torch.dtype, compiled: bool
+    ) -> None:
+        self._weight_VD = weight_VD.to(dtype)
+        self._weight_DV = self._weight_VD.T.contiguous()
+        self._num_at_once = num_at_once
+        self._nats_type = torch.promote_types(dtype, torch.float32)
+        vocab_size, device = len(weight_VD), weight_VD.device
+        if compiled:
+            self._nats_and_slopes = _fused_nats_and_slopes()
+        else:
+            buffer_VN = torch.empty(vocab_size, min(num_positions, num_at_once), dtype=self._nats_type, device=device)
+            self._nats_and_slopes = partial(_nats_and_slopes, buffer_VN=buffer_VN)
+        self._slopes_VN = torch.empty(vocab_size, num_positions, dtype=dtype, device=device)
+
+    def nats_and_gradient(
+        self, h_ND: torch.Tensor, targets_N: torch.Tensor, real_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `ReadOut`."""
+        nats_N, slopes_VN = torch.empty(len(h_ND), dtype=self._nats_type, device=h_ND.device), self._slopes_of(h_ND)
+        for first in range(0, len(h_ND), self._num_at_once):
+            some = slice(first, first + self._num_at_once)
+            logits_VN = self._weight_VD @ h_ND[some].T
+            nats_N[some] = self._nats_and_slopes(logits_VN, targets_N[some], real_N[some], slopes_VN[:, some])
+        return nats_N, (self._weight_DV @ slopes_VN).T
+
+    def add_gradient(
+        self,
+        of_weight_VD: torch.Tensor,
+        h_ND: torch.Tensor,
+        weights_N: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        real_N: torch.Tensor,
+    ) -> None:
+        """See `ReadOut`."""
+        weighted_ND = h_ND if weights_N is None else (h_ND * weights_N[:, None]).to(h_ND.dtype)
+        of_weight_VD += self._slopes_of(h_ND) @ weighted_ND
+
+    def _slopes_of(self, h_ND: torch.Tensor) -> torch.Tensor:
+        return self._slopes_VN[:, : len(h_ND)]
+
+
+def _positions(num_positions: int, vocab_size: int, device: torch.device, compiled: bool) -> tuple[int, int]:
+    """Of how many positions there are logits at once, and slopes."""
+    at_once = _in_tiles(LOGITS_AT_ONCE["cpu" if device.type == "cpu" else "cuda"] // vocab_size)
+    if compiled:  # parts of one size are compiled for once
+        num_parts = max(1, math.ceil(num_positions / at_once))
+        at_once = min(at_once, _TILE * math.ceil(num_positions / (num_parts * _TILE)))
+    return at_once, min(num_positions, max(at_once, 0 if compiled else _in_tiles(_SLOPES_AT_ONCE // vocab_size)))
+
+
 def _in_tiles(num_positions: int) -> int:
     """So many or a few less, at least one."""
     return max(1, num_positions - num_positions % _TILE if num_positions > _TILE else num_positions)
-
-
-def _of_logits(
-    weight_VD: torch.Tensor,
-    nats_and_slopes: Callable[..., torch.Tensor],
-    h_ND: torch.Tensor,
-    targets_N: torch.Tensor,
-    real_N: torch.Tensor,
-    slopes_VN: torch.Tensor,
-    first: int,
-) -> torch.Tensor:
-    """Nats [N] of some positions; their slopes are written to columns from `first` on."""
-    return nats_and_slopes(weight_VD @ h_ND.T, targets_N, real_N, slopes_VN[:, first : first + len(h_ND)])
 
 
 def _nats_and_slopes(
@@ -184,11 +232,12 @@ def vocabulary_loss(
         targets_N: int64, from 0 to V - 1; what is negative is no target, and costs as much as one.
         plain_share: with a pointer, the share of nats without it in what is minimised; else that is the nats.
         compiled: what is not a product is (torch.compile), for a GPU.
-        in_int8: logits are products of eight bits, under bf16 autocast on a CPU; gradients are not.
+        in_int8: products are of eight bits (int8_training.py) where that is worthwhile.
     """
     h_ND, pointed = output.hidden, output.pointed
     device = h_ND.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
+    in_int8 = in_int8 and is_worthwhile(h_ND, weight_VD)
     log_kept_N, given_N = (None, None) if pointed is None else (pointed.log_kept, pointed.given_to(targets_N))
     with torch.autocast(device, enabled=False):  # the products' types are chosen above
         return _LinearCrossEntropy.apply(
