@@ -84,6 +84,20 @@ def to_bf16(x: Any) -> Any:
     return np.uint16((np.uint32(bits + np.uint32(0x7FFF)) + np.uint32((bits >> np.uint32(16)) & np.uint32(1))) >> 16)
 
 
+@numba.njit(inline="always")
+def magnitude(x: Any) -> Any:
+    """The bits of |x| as a whole number, which is the larger the larger |x| is, and largest for NaN. Unlike that of
+    floats the maximum of such is taken of many at once, and NaN is not passed over.
+    """
+    return np.int32(np.float32(x).view(np.int32) & np.int32(0x7FFFFFFF))
+
+
+@numba.njit(inline="always")
+def step_of(largest: Any) -> Any:
+    """Step of a row with this largest `magnitude`: finite and not 0, if that is finite."""
+    return np.float32(SMALLEST_STEP) + np.int32(largest).view(np.float32) / np.float32(LARGEST_MULTIPLE)
+
+
 def exp(x: Any) -> Any:
     """Of x <= 0, e^x; as `wide`."""
     raise NotImplementedError

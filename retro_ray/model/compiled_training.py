@@ -17,8 +17,10 @@ from retro_ray.model.compiled_loops import (
     SMALLEST_STEP,
     compiled,
     exp,
+    magnitude,
     share_below,
     slope_of_gelu,
+    step_of,
     to_bf16,
     wide,
 )
@@ -38,10 +40,10 @@ def num_blocks(num_rows: int) -> int:
 def round_rows(x: Any, multiples: Any, steps: Any) -> None:
     """Rows [N, I] as whole multiples, int8 [N, I], of steps float32 [N]; both written."""
     for row in numba.prange(len(x)):
-        largest = np.float32(0)
+        largest = np.int32(0)
         for i in range(x.shape[1]):
-            largest = max(largest, abs(wide(x[row, i])))
-        step = np.float32(SMALLEST_STEP) + largest * np.float32(1 / LARGEST_MULTIPLE)
+            largest = max(largest, magnitude(wide(x[row, i])))
+        step = step_of(largest)
         per_step = np.float32(1) / step
         for i in range(x.shape[1]):
             multiples[row, i] = np.int8(np.rint(wide(x[row, i]) * per_step))
@@ -101,7 +103,8 @@ def round_slopes_by_rows(
         multiples: int8 [N, O], written.
         steps: float32 [N], written.
         kept: bfloat16 [N, O], slopes before GELU, written; None where `before` is.
-        largest: float32 [N / ROWS_AT_ONCE, O], of the slopes times `row_weights`, over so many rows, written.
+        largest: int32 [N / ROWS_AT_ONCE, O], written: magnitudes of slopes times `row_weights`, the largest of so many
+            rows.
     """
     num_rows, width = slopes.shape
     for block in numba.prange(len(largest)):
@@ -110,7 +113,7 @@ def round_slopes_by_rows(
         scaled = np.empty(width, np.float32)
         for row in range(block * ROWS_AT_ONCE, min(num_rows, (block + 1) * ROWS_AT_ONCE)):
             # Several short loops: one that reads and writes so much is not compiled to vectors.
-            weight, largest_in_row = row_weights[row], np.float32(0)
+            weight, largest_in_row = row_weights[row], np.int32(0)
             if before is not None:
                 for o in range(width):
                     scaled[o] = wide(slopes[row, o]) * slope_of_gelu(wide(before[row, o]))
@@ -118,10 +121,10 @@ def round_slopes_by_rows(
                     kept[row, o] = to_bf16(scaled[o])
             for o in range(width):
                 slope = wide(slopes[row, o]) if before is None else scaled[o]
-                largest[block, o] = max(largest[block, o], abs(slope) * weight)
+                largest[block, o] = max(largest[block, o], magnitude(slope * weight))
                 scaled[o] = slope * column_steps[o]
-                largest_in_row = max(largest_in_row, abs(scaled[o]))
-            step = np.float32(SMALLEST_STEP) + largest_in_row * np.float32(1 / LARGEST_MULTIPLE)
+                largest_in_row = max(largest_in_row, magnitude(scaled[o]))
+            step = step_of(largest_in_row)
             per_step = np.float32(1) / step
             for o in range(width):
                 multiples[row, o] = np.int8(np.rint(scaled[o] * per_step))
@@ -342,13 +345,13 @@ def round_shares(slopes: Any, targets: Any, position_weights: Any, multiples: An
     """
     vocab_size, num_positions = multiples.shape
     for token in numba.prange(vocab_size):
-        shares, largest = np.empty(num_positions, np.float32), np.float32(0)
+        shares, largest = np.empty(num_positions, np.float32), np.int32(0)
         for n in range(num_positions):
             share = wide(slopes[token, n]) + (np.float32(1) if targets[n] == token else np.float32(0))
             shares[n] = share * position_weights[n]
         for n in range(num_positions):
-            largest = max(largest, abs(shares[n]))
-        step = np.float32(SMALLEST_STEP) + largest * np.float32(1 / LARGEST_MULTIPLE)
+            largest = max(largest, magnitude(shares[n]))
+        step = step_of(largest)
         per_step = np.float32(1) / step
         for n in range(num_positions):
             multiples[token, n] = np.int8(np.rint(shares[n] * per_step))

@@ -21,6 +21,8 @@ from retro_ray.model.compiled_loops import LARGEST_MULTIPLE, SMALLEST_STEP, as_a
 
 _SUMS_AT_ONCE = 1 << 22
 """int32, 16 MiB: they are to be in the caches still when they are scaled."""
+_TILE = 64
+"""Rows of a product are a multiple of it, if they are more."""
 _LEAST_ROWS = 256
 _LEAST_WIDTH = 384
 """Of smaller products bf16 is as fast."""
@@ -58,7 +60,7 @@ class _Product(torch.autograd.Function):
         x8_NI, x_steps_N, w8_OI, w_steps_O, before_NO = ctx.saved_tensors
         slopes = gradients[0]
         slopes_NO = slopes.reshape(len(x8_NI), -1).to(torch.bfloat16).contiguous()
-        largest = torch.empty(compiled_training.num_blocks(len(slopes_NO)), slopes_NO.shape[1])
+        largest = torch.empty(compiled_training.num_blocks(len(slopes_NO)), slopes_NO.shape[1], dtype=torch.int32)
         by_rows_NO, row_steps_N = torch.empty_like(slopes_NO, dtype=torch.int8), torch.empty(len(slopes_NO))
         kept_NO = None if before_NO is None else torch.empty_like(slopes_NO)
         compiled_training.round_slopes_by_rows(
@@ -70,7 +72,7 @@ class _Product(torch.autograd.Function):
             _multiply(by_rows_NO, w8_OI, row_steps_N, None, of_x_NI)
             of_x = of_x_NI.view(*slopes.shape[:-1], -1).to(ctx.x_type)
         if ctx.needs_input_grad[1]:
-            column_steps_O = largest.amax(0).div_(LARGEST_MULTIPLE).clamp_min_(SMALLEST_STEP)
+            column_steps_O = largest.amax(0).view(torch.float32) / LARGEST_MULTIPLE + SMALLEST_STEP
             by_columns_NO = by_rows_NO  # no longer needed
             compiled_training.round_slopes_by_columns(
                 *_arrays(slopes_NO if kept_NO is None else kept_NO, x_steps_N, 1 / column_steps_O, by_columns_NO)
@@ -160,7 +162,9 @@ def _multiply(
 
 def _products(a_NI: Tensor, b_IO: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Parts of the product of multiples, int32 [.., O], and the rows that they are; each overwrites the one before."""
-    num_rows = max(1, _SUMS_AT_ONCE // b_IO.shape[1])
+    num_parts = -(-a_NI.shape[0] * b_IO.shape[1] // _SUMS_AT_ONCE)
+    # Of equal size, in whole tiles: what is left over would be slower.
+    num_rows = -(-len(a_NI) // (max(1, num_parts) * _TILE)) * _TILE
     sums = torch.empty(min(num_rows, len(a_NI)), b_IO.shape[1], dtype=torch.int32)
     for start in range(0, len(a_NI), num_rows):
         some = slice(start, start + num_rows)
