@@ -12,9 +12,12 @@ from numba.np.ufunc.parallel import get_thread_count
 
 from retro_ray.embedding import ChunkEmbedder
 from retro_ray.index.shard import IndexShard
+from retro_ray.model.layers import FeedForward
+from retro_ray.model.pointer import DecoderOutput
 from retro_ray.model.row_attention import read_rows
 from retro_ray.openmp import computing_alone
 from retro_ray.retrieval.local import LocalRetriever
+from retro_ray.training.vocabulary_loss import vocabulary_loss
 from tests.unit import test_embedding
 from tests.unit.index import test_shard
 from tests.unit.model import test_compiled_rows, test_information_flow
@@ -120,3 +123,27 @@ def test_a_token_reads_the_same_to_the_bit_with_any_number_of_threads() -> None:
         torch.set_num_threads(NUM_THREADS)
     assert numba.get_num_threads() == 1
     assert torch.equal(with_several, alone)
+
+
+def test_a_step_in_eight_bits_is_the_same_to_the_bit_with_any_number_of_threads() -> None:
+    """Sums over rows that are divided among threads are taken of parts that are not."""
+    torch.manual_seed(0)
+    block, h = FeedForward(384, 512, 1e-5), torch.randn(300, 384, requires_grad=True)
+    block.initialise(1)
+    for linear in (block.up, block.down):
+        linear.trains_in_int8 = True
+
+    def results() -> tuple[torch.Tensor, ...]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = block(h)
+            nats, _ = vocabulary_loss(DecoderOutput(y), block.up.weight, torch.arange(300), in_int8=True)
+        return nats, *torch.autograd.grad(nats, (h, *block.parameters()))
+
+    with_several = results()
+    torch.set_num_threads(1)
+    try:
+        alone = results()
+    finally:
+        torch.set_num_threads(NUM_THREADS)
+    for a, b in zip(alone, with_several, strict=True):
+        assert torch.equal(a, b)

@@ -89,6 +89,20 @@ def test_positions_keep_their_precision_in_bfloat16() -> None:
     torch.testing.assert_close(coarse.cos.double(), exact.cos, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_in_bfloat16_a_rotation_is_rounded_once_and_its_gradient_turns_back(ordered: bool) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 3, 8).bfloat16().transpose(1, 2)  # heads of a projection
+    x = (x.contiguous() if ordered else x).requires_grad_()
+    rotary = rotary_at(torch.arange(300, 305), 8, 10_000.0, x.dtype)
+    exact = rotary_at(torch.arange(300, 305), 8, 10_000.0, torch.float64)
+    slopes = torch.randn(2, 3, 5, 8).bfloat16()
+    y, expected = rotate(x, rotary), rotate(x.double(), exact)
+    for a, b in ((y, expected), (torch.autograd.grad(y, x, slopes)[0], torch.autograd.grad(expected, x, slopes)[0])):
+        assert a.dtype == torch.bfloat16
+        torch.testing.assert_close(a.double(), b.double(), rtol=2**-8, atol=1e-3)
+
+
 def test_rotation_is_the_same_in_training() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)

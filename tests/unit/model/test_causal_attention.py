@@ -24,6 +24,26 @@ def test_values_and_gradients_are_those_of_a_masked_softmax(num_tokens, kind, mo
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("kind", ["causal", "one mask", "a mask each"])
+def test_in_bfloat16_it_is_near_that_of_float64(kind) -> None:
+    """Of more than one block, and scores of every size."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 300, 16) for _ in range(3))
+    q = (q * torch.logspace(-1, 1, 300)[:, None]).bfloat16().requires_grad_()
+    k, v = (x.bfloat16().requires_grad_() for x in (k, v))
+    allowed, mask = torch.ones(300, 300, dtype=torch.bool).tril(), None
+    if kind != "causal":
+        documents = torch.randint(0, 3, (1 if kind == "one mask" else 2, 300)).sort(-1).values
+        mask = allowed = (allowed & (documents[:, :, None] == documents[:, None]))[:, None]
+    ours = causal_attention.causal_attention(q, k, v, mask)
+    theirs = attention_weights(q.double(), k.double(), allowed) @ v.double()
+    slopes = torch.randn(ours.shape).bfloat16()
+    of_ours, of_theirs = (torch.autograd.grad(out, (q, k, v), slopes.to(out.dtype)) for out in (ours, theirs))
+    for a, b in zip((ours, *of_ours), (theirs, *of_theirs), strict=True):
+        assert a.dtype == torch.bfloat16
+        assert (a - b).norm() < 0.02 * b.norm()
+
+
 def test_training_uses_it_and_heads_may_share_keys(monkeypatch) -> None:
     monkeypatch.setattr(causal_attention, "_BLOCK", 4)
     torch.manual_seed(0)

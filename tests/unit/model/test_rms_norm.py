@@ -30,10 +30,19 @@ def test_without_a_weight() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_under_autocast_the_result_is_rounded_once() -> None:
-    x, norm = torch.randn(4, 32, requires_grad=True), RMSNorm(32, eps=1e-5)
+@pytest.mark.parametrize("shape", [(4, 32), (2, 100, 48), (0, 8), (65, 1)])
+def test_under_autocast_the_result_is_rounded_once(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, norm = torch.randn(shape, requires_grad=True), RMSNorm(shape[-1], eps=1e-5)
+    nn.init.normal_(norm.weight)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = norm(x)
-    assert torch.equal(y, nn.functional.rms_norm(x, (32,), norm.weight, norm.eps).bfloat16())
-    y.sum().backward()
-    assert x.grad.dtype == norm.weight.grad.dtype == torch.float32
+    assert y.dtype == torch.bfloat16
+    exact = F.rms_norm(x.double(), shape[-1:], norm.weight.double(), norm.eps)
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
+    slopes = torch.randn(shape).bfloat16()
+    ours = torch.autograd.grad(y, (x, norm.weight), slopes)
+    theirs = torch.autograd.grad(exact, (x, norm.weight), slopes.double())
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

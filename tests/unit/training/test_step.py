@@ -4,6 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from retro_ray.errors import ConfigError
+from retro_ray.model import int8_training
+from retro_ray.model.layers import Linear
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.batches import StepBatch, TrainingBatches
 from retro_ray.training.step import NextTokenLoss, TrainingStep, arithmetic, resolve_precision
@@ -109,10 +112,68 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(database):
 
 
 def test_auto_precision_asks_the_hardware(monkeypatch):
-    for fast, want in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr("retro_ray.training.step.bf16_is_fast", lambda device, fast=fast: fast)
+    for int8, bf16, want in ((True, True, "int8"), (False, True, "bf16"), (False, False, "fp32")):
+        monkeypatch.setattr("retro_ray.training.step.int8_is_fastest", lambda device, fast=int8: fast)
+        monkeypatch.setattr("retro_ray.training.step.bf16_is_fast", lambda device, fast=bf16: fast)
         assert resolve_precision("auto", CPU) == want
         assert resolve_precision("fp32", CPU) == "fp32"
+    with pytest.raises(ConfigError, match="precision is int8, which is for CPUs; on cuda take bf16"):
+        resolve_precision("int8", torch.device("cuda"))
+
+
+@pytest.fixture
+def all_in_int8(monkeypatch):
+    """Products that are too small for it, too."""
+    monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(int8_training, "_LEAST_WIDTH", 1)
+
+
+def curve(database, precision: str, num_steps: int = 12, gradient_checkpointing: bool = False) -> list[float]:
+    config = tiny_run_config(database, precision=precision)
+    model = model_of(config)
+    model.gradient_checkpointing = gradient_checkpointing
+    step, batches = TrainingStep(model, config.training, CPU), batches_of(database, config)
+    return [step.run(batches.at(number)).loss.item() for number in range(num_steps)]
+
+
+@pytest.mark.usefixtures("all_in_int8")
+def test_in_eight_bits_it_learns_as_in_bf16_and_the_same_each_time(database):
+    in_int8, in_bf16 = curve(database, "int8"), curve(database, "bf16")
+    assert in_int8[-1] < 0.8 * in_int8[0]
+    assert in_int8 == pytest.approx(in_bf16, rel=0.02)
+    assert in_int8 != in_bf16
+    assert curve(database, "int8", 3) == in_int8[:3]
+    assert curve(database, "int8", 3, gradient_checkpointing=True) == in_int8[:3]
+
+
+@pytest.mark.usefixtures("all_in_int8")
+def test_in_eight_bits_neighbours_reach_no_earlier_position(database):
+    """Each row is rounded by what is in it alone: forward to the bit, and backward as zeros."""
+    config = tiny_run_config(database, precision="int8")
+    model, batch = model_of(config), batches_of(database, config).at(0).batch
+    TrainingStep(model, config.training, CPU)
+    chunk_length = config.model.chunk_length
+    others = batch.neighbours_BLKR.clone()
+    others[:, 1] = (others[:, 1] + 1) % config.model.vocab_size
+
+    def hidden(neighbours_BLKR: torch.Tensor) -> torch.Tensor:
+        with arithmetic("int8", CPU):
+            return model.output(batch.tokens_BT, neighbours_BLKR=neighbours_BLKR).hidden
+
+    first, changed = hidden(batch.neighbours_BLKR), hidden(others)
+    until = 2 * chunk_length - 1
+    assert torch.equal(first[:, :until], changed[:, :until])
+    assert not torch.equal(first[:, until:], changed[:, until:])
+
+
+def test_resolved_precision_decides_what_is_trained_in_eight_bits(database):
+    config = tiny_run_config(database)
+    for precision, want in (("int8", True), ("bf16", False), ("fp32", False)):
+        model = model_of(config)
+        TrainingStep(model, dataclasses.replace(config.training, precision=precision), CPU)
+        linears = [module for module in model.modules() if isinstance(module, Linear)]
+        assert linears
+        assert {linear.trains_in_int8 for linear in linears} == {want}
 
 
 def test_gradient_checkpointing_changes_memory_alone(database):

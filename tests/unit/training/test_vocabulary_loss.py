@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from retro_ray.model import int8_training
 from retro_ray.model.pointer import DecoderOutput, Pointed
 from retro_ray.training import vocabulary_loss as module
 from retro_ray.training.vocabulary_loss import vocabulary_loss
@@ -112,6 +113,39 @@ def test_under_autocast_the_products_are_bf16_and_the_sums_fp32(loss):
     assert [g.dtype for g in gradients] == [torch.float32, torch.float32]
     for a, b in zip(gradients, torch.autograd.grad(theirs, (h, weight)), strict=True):
         assert (a - b).norm() < 0.01 * b.norm()
+
+
+@pytest.mark.parametrize("plain_share", [0.0, 0.3])
+def test_in_eight_bits_it_is_near_that_of_float64(monkeypatch, plain_share):
+    """With some positions that point at tokens, and some without a target."""
+    monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(int8_training, "_LEAST_WIDTH", 1)
+    h, weight, targets = inputs(torch.float32)
+    tokens_CS, chunks = torch.randint(0, V, (3, 40)), torch.randint(0, 3, (N,))
+    scores = torch.randn(N, 41, requires_grad=True)
+    targets[::9] = -1
+    results = []
+    for dtype, in_int8 in ((torch.float64, False), (torch.float32, True)):
+        log_shares = scores.to(dtype).log_softmax(-1)
+        output = DecoderOutput(h.to(dtype), Pointed(log_shares[:, 1:].exp(), log_shares[:, 0], chunks, tokens_CS))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=in_int8):
+            loss, _ = vocabulary_loss(output, weight.to(dtype), targets, plain_share, in_int8=in_int8)
+        results.append((loss, *torch.autograd.grad(loss, (h, weight, scores))))
+    for exact, ours in zip(*results, strict=True):
+        assert not torch.equal(ours, exact.float())
+        assert (ours - exact).norm() < 0.03 * exact.norm()
+
+
+def test_in_eight_bits_a_frozen_read_out_gets_no_gradient(monkeypatch):
+    monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(int8_training, "_LEAST_WIDTH", 1)
+    h, weight, targets = inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        [expected] = torch.autograd.grad(vocabulary_loss(DecoderOutput(h), weight, targets, in_int8=True)[0], h)
+        weight.requires_grad_(False)
+        vocabulary_loss(DecoderOutput(h), weight, targets, in_int8=True)[0].backward()
+    assert weight.grad is None
+    assert torch.equal(h.grad, expected)
 
 
 def test_no_positions_have_no_loss(loss):
