@@ -202,13 +202,19 @@ def training_step(
 
 # Kinds of work, by what the names of torch's operators begin with. The first that fits counts.
 _KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn")),
+    ("matrix products", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::_int_mm", "mkldnn")),
+    ("rounding to eight bits, and scaling with GELU", ("_Product",)),
+    ("softmax of the loss, and rounding", ("_LinearCrossEntropy",)),
     ("fused attention", ("aten::_scaled_dot_product", "aten::_flash_attention")),
     ("optimiser", ("aten::_fused_adam", "Optimizer", "aten::_foreach")),
-    ("softmax", ("aten::_softmax", "aten::_log_softmax")),
+    ("softmax", ("aten::_softmax", "aten::_log_softmax", "_CausalAttention")),
+    ("rotary positions", ("_Rotation",)),
     ("copies and conversions", ("aten::copy_", "aten::cat", "aten::clone", "aten::constant_pad", "aten::fill_")),
     ("GELU", ("aten::gelu",)),
-    ("norms", ("aten::_fused_rms_norm", "aten::rms_norm", "aten::native_layer_norm", "aten::linalg_vector_norm")),
+    (
+        "norms",
+        ("_RMSNorm", "aten::_fused_rms_norm", "aten::rms_norm", "aten::native_layer_norm", "aten::linalg_vector_norm"),
+    ),
     ("embedding", ("aten::embedding", "aten::index", "aten::_index")),
     ("masks", ("aten::masked_fill", "aten::where")),
     ("sums and products of elements", ("aten::add", "aten::mul", "aten::sub", "aten::neg", "aten::sum", "aten::div")),

@@ -157,6 +157,14 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return array
 
 
+def as_array_of_weights(tensor: Tensor) -> np.ndarray:
+    """The same of float32 weights, whose memory FSDP resizes between layers, which torch refuses behind `as_array`. It
+    takes three times as long.
+    """
+    array: np.ndarray = np.from_dlpack(tensor.detach())
+    return array
+
+
 def use_threads_of_torch() -> None:
     """Parallel loops that this thread calls take as many threads as torch's operations do."""
     if _have_openmp():

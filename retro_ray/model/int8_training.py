@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from retro_ray.model import compiled_training
-from retro_ray.model.compiled_loops import LARGEST_MULTIPLE, SMALLEST_STEP, as_array, use_threads_of_torch
+from retro_ray.model.compiled_loops import (
+    LARGEST_MULTIPLE,
+    SMALLEST_STEP,
+    as_array,
+    as_array_of_weights,
+    use_threads_of_torch,
+)
 
 _SUMS_AT_ONCE = 1 << 22
 """int32, 16 MiB: they are to be in the caches still when they are scaled."""
@@ -135,9 +141,10 @@ class Int8ReadOut:
 
 
 def _rounded(x_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows, bfloat16 or float32, as multiples int8 [N, I] of steps [N]."""
+    """Rows of activations, bfloat16 or float32, or of weights, as multiples int8 [N, I] of steps [N]."""
     multiples_NI, steps_N = torch.empty(x_NI.shape, dtype=torch.int8), torch.empty(len(x_NI))
-    compiled_training.round_rows(*_arrays(x_NI.detach(), multiples_NI, steps_N))
+    rows = as_array(x_NI.detach()) if x_NI.dtype == torch.bfloat16 else as_array_of_weights(x_NI)
+    compiled_training.round_rows(rows, *_arrays(multiples_NI, steps_N))
     return multiples_NI, steps_N
 
 

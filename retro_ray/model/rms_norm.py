@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from retro_ray.model import compiled_training
-from retro_ray.model.compiled_loops import as_array, use_threads_of_torch
+from retro_ray.model.compiled_loops import as_array, as_array_of_weights, use_threads_of_torch
 
 
 class RMSNorm(nn.RMSNorm):
@@ -85,21 +85,23 @@ class _RMSNormInBf16(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_ND, weight_D = x.reshape(-1, x.shape[-1]).contiguous(), weight.detach()
+        x_ND, weight_D = x.reshape(-1, x.shape[-1]).contiguous(), as_array_of_weights(weight)
         y_ND, scales_N = torch.empty(x_ND.shape, dtype=torch.bfloat16), torch.empty(len(x_ND))
         use_threads_of_torch()
-        compiled_training.rms_norm(as_array(x_ND.detach()), as_array(weight_D), eps, as_array(scales_N), as_array(y_ND))
+        compiled_training.rms_norm(as_array(x_ND.detach()), weight_D, eps, as_array(scales_N), as_array(y_ND))
         ctx.save_for_backward(x_ND, scales_N, weight)
         return y_ND.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        x_ND, scales_N, weight_D = ctx.saved_tensors
+        x_ND, scales_N, weight = ctx.saved_tensors
         slopes_ND = gradients[0].reshape(x_ND.shape).to(torch.bfloat16).contiguous()
         of_x_ND = torch.empty_like(x_ND)
         of_weight_BD = torch.empty(compiled_training.num_blocks(len(x_ND)), x_ND.shape[1])
         use_threads_of_torch()
         compiled_training.slopes_of_rms_norm(
-            *(as_array(tensor) for tensor in (x_ND, weight_D, scales_N, slopes_ND, of_x_ND, of_weight_BD))
+            as_array(x_ND.detach()),
+            as_array_of_weights(weight),
+            *(as_array(tensor) for tensor in (scales_N, slopes_ND, of_x_ND, of_weight_BD)),
         )
         return of_x_ND.view(gradients[0].shape), of_weight_BD.sum(0), None
