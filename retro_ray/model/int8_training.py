@@ -30,14 +30,18 @@ _SUMS_AT_ONCE = 1 << 22
 _TILE = 64
 """Rows of a product are a multiple of it, if they are more."""
 _LEAST_ROWS = 256
-_LEAST_WIDTH = 384
+LEAST_WIDTH = 384
 """Of smaller products bf16 is as fast."""
+
+
+# No public operation adds up products of eight bits in 32.
+multiply_int8 = torch.ops.aten._int_mm
 
 
 def is_worthwhile(x: Tensor, weight_OI: Tensor) -> bool:
     """Whether to train this product in eight bits."""
     num_rows = x.numel() // x.shape[-1]
-    enough = num_rows >= _LEAST_ROWS and min(weight_OI.shape) >= _LEAST_WIDTH
+    enough = num_rows >= _LEAST_ROWS and min(weight_OI.shape) >= LEAST_WIDTH
     return enough and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
 
 
@@ -116,12 +120,12 @@ class Int8ReadOut:
         nats_N, steps_N = torch.empty(len(h_ND)), torch.empty(len(h_ND))
         for first in range(0, len(h_ND), self._num_at_once):
             some = slice(first, first + self._num_at_once)
-            sums_VN = torch._int_mm(self._w8_VD, h8_ND[some].T)
+            sums_VN = multiply_int8(self._w8_VD, h8_ND[some].T)
             read = sums_VN, sums_VN.view(torch.float32), self._w_steps_V, h_steps_N[some], targets_N[some], real_N[some]
             written = nats_N[some], self._slopes_VN, self._shares8_VN, steps_N[some]
             compiled_training.nats_and_slopes(*_arrays(*read, *written), first)
         self._h8_ND, self._h_steps_N = h8_ND, h_steps_N
-        sums_DN = torch._int_mm(self._w8_VD.T, self._shares8_VN[:, : len(h_ND)])
+        sums_DN = multiply_int8(self._w8_VD.T, self._shares8_VN[:, : len(h_ND)])
         of_h_ND = sums_DN.T * steps_N[:, None]
         return nats_N, of_h_ND.sub_(self._weight_VD[targets_N] * real_N[:, None])
 
@@ -175,7 +179,7 @@ def _products(a_NI: Tensor, b_IO: Tensor) -> Iterator[tuple[slice, Tensor]]:
     sums = torch.empty(min(num_rows, len(a_NI)), b_IO.shape[1], dtype=torch.int32)
     for start in range(0, len(a_NI), num_rows):
         some = slice(start, start + num_rows)
-        yield some, torch._int_mm(a_NI[some], b_IO, out=sums[: len(a_NI[some])])
+        yield some, multiply_int8(a_NI[some], b_IO, out=sums[: len(a_NI[some])])
 
 
 def _arrays(*tensors: Tensor | None) -> Any:

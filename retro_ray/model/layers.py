@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -142,14 +142,14 @@ class Linear(nn.Linear):
 
 def joint_product(linears: Sequence[nn.Module], x: Tensor) -> tuple[Tensor, ...]:
     """What each of some linear layers makes of x, which in eight bits is one product."""
-    if not all(_trains_in_int8(linear, x) for linear in linears):
+    in_int8 = [linear for linear in linears if _trains_in_int8(linear, x)]
+    if len(in_int8) < len(linears):
         return tuple(nn.Linear.forward(linear, x) if isinstance(linear, Linear) else linear(x) for linear in linears)
-    weights = [linear.weight for linear in linears]
+    weights = [linear.weight for linear in in_int8]
     product = int8_product(x, weights[0] if len(weights) == 1 else torch.cat(weights))
     parts = product.split([len(weight) for weight in weights], dim=-1)
-    return tuple(
-        y if linear.bias is None else y + linear.bias.to(y.dtype) for linear, y in zip(linears, parts, strict=True)
-    )
+    biases = [linear.bias for linear in in_int8]
+    return tuple(y if bias is None else y + bias.to(y.dtype) for y, bias in zip(parts, biases, strict=True))
 
 
 def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def gelu_of(linear: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(linear(x))
 
 
-def _trains_in_int8(linear: nn.Module, x: Tensor) -> bool:
+def _trains_in_int8(linear: nn.Module, x: Tensor) -> TypeGuard[Linear]:
     return isinstance(linear, Linear) and linear.trains_in_int8 and is_worthwhile(x, linear.weight)
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from retro_ray.config import ModelConfig
+from retro_ray.model.int8_training import multiply_int8
 
 # Dense bf16 FLOP/s of the makers' data sheets; the longest name that the device's name contains counts.
 _GPU_PEAK_FLOPS = {
@@ -71,7 +72,7 @@ def _retrieval_products(config: ModelConfig) -> tuple[float, float]:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s that `device` can reach: from a table for GPUs, measured for a CPU; None if not known."""
+    """FLOP/s of a type that `device` can reach: from a table for GPUs, measured for a CPU; None if not known."""
     if device.type == "cpu":
         return _measured_flops(dtype)
     name = torch.cuda.get_device_name(device)
@@ -82,9 +83,10 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def _measured_flops(dtype: torch.dtype, size: int = 768, repetitions: int = 10) -> float:
     """Best rate of a few square matrix products on this process's threads; takes some hundredths of a second."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    multiply = multiply_int8 if dtype == torch.int8 else torch.mm
     best = 0.0
     for _ in range(repetitions):
         start = time.perf_counter()
-        torch.mm(a, b)
+        multiply(a, b)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best

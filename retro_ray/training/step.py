@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retro_ray.config import TrainingConfig
 from retro_ray.errors import ConfigError
+from retro_ray.model.int8_training import LEAST_WIDTH
 from retro_ray.model.layers import Linear
 from retro_ray.model.retro import RetroModel
 from retro_ray.precision import bf16_is_fast, int8_is_fastest
@@ -27,17 +28,22 @@ from retro_ray.training.windows import NO_TARGET, Batch
 Precision = Literal["auto", "int8", "bf16", "fp32"]
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Literal["int8", "bf16", "fp32"]:
-    """What `auto` means on `device`: int8 where that is fastest, else bf16 where the hardware multiplies it.
+def resolve_precision(
+    precision: Precision, device: torch.device, trained_width: int = 0
+) -> Literal["int8", "bf16", "fp32"]:
+    """What `auto` means on `device`: int8 to train a model of a width at which that is fastest there, else bf16 where
+    the hardware multiplies it.
 
     Raises:
         ConfigError: it is int8 on a GPU.
     """
-    if precision == "auto":
-        return "int8" if int8_is_fastest(device) else "bf16" if bf16_is_fast(device) else "fp32"
     if precision == "int8" and device.type != "cpu":
         raise ConfigError(f"precision is int8, which is for CPUs; on {device.type} take bf16")
-    return precision
+    if precision != "auto":
+        return precision
+    if trained_width >= LEAST_WIDTH and int8_is_fastest(device):
+        return "int8"
+    return "bf16" if bf16_is_fast(device) else "fp32"
 
 
 def arithmetic(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
@@ -107,7 +113,7 @@ class TrainingStep:
         self._compiled = resolve_compile(config.compile, device)
         if self._compiled:
             compile_blocks(model, device)
-        in_int8 = resolve_precision(config.precision, device) == "int8"
+        in_int8 = resolve_precision(config.precision, device, model.config.hidden_dim) == "int8"
         for module in model.modules():
             if isinstance(module, Linear):
                 module.trains_in_int8 = in_int8

@@ -99,7 +99,7 @@ class Trainer:
     def run(self, stop: Callable[[], bool] | None = None) -> TrainingOutcome:
         """Train to the last step; or until `stop`, asked behind every checkpoint, says so on all workers."""
         config, log = self._config, MetricsLog(self._job.run_directory / METRICS_NAME)
-        precision = resolve_precision(config.precision, self._device)
+        precision = resolve_precision(config.precision, self._device, self._job.config.model.hidden_dim)
         if self._rank == 0:
             self._job.run_directory.mkdir(parents=True, exist_ok=True)
             log.keep_until(self._steps_done)

@@ -112,11 +112,17 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(database):
 
 
 def test_auto_precision_asks_the_hardware(monkeypatch):
-    for int8, bf16, want in ((True, True, "int8"), (False, True, "bf16"), (False, False, "fp32")):
+    for int8, bf16, wide, narrow in (
+        (True, True, "int8", "bf16"),
+        (False, True, "bf16", "bf16"),
+        (False, False, "fp32", "fp32"),
+    ):
         monkeypatch.setattr("retro_ray.training.step.int8_is_fastest", lambda device, fast=int8: fast)
         monkeypatch.setattr("retro_ray.training.step.bf16_is_fast", lambda device, fast=bf16: fast)
-        assert resolve_precision("auto", CPU) == want
-        assert resolve_precision("fp32", CPU) == "fp32"
+        assert resolve_precision("auto", CPU, int8_training.LEAST_WIDTH) == wide
+        assert resolve_precision("auto", CPU, int8_training.LEAST_WIDTH - 1) == narrow
+        assert resolve_precision("auto", CPU) == narrow
+        assert resolve_precision("fp32", CPU, 1024) == "fp32"
     with pytest.raises(ConfigError, match="precision is int8, which is for CPUs; on cuda take bf16"):
         resolve_precision("int8", torch.device("cuda"))
 
@@ -125,7 +131,7 @@ def test_auto_precision_asks_the_hardware(monkeypatch):
 def all_in_int8(monkeypatch):
     """Products that are too small for it, too."""
     monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(int8_training, "_LEAST_WIDTH", 1)
+    monkeypatch.setattr(int8_training, "LEAST_WIDTH", 1)
 
 
 def curve(database, precision: str, num_steps: int = 12, gradient_checkpointing: bool = False) -> list[float]:
