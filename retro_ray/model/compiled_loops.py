@@ -93,9 +93,9 @@ def magnitude(x: Any) -> Any:
 
 
 @numba.njit(inline="always")
-def step_of(largest: Any) -> Any:
-    """Step of a row with this largest `magnitude`: finite and not 0, if that is finite."""
-    return np.float32(SMALLEST_STEP) + np.int32(largest).view(np.float32) / np.float32(LARGEST_MULTIPLE)
+def step_of(largest: Any, multiple: Any) -> Any:
+    """Step of which the number with this `magnitude` is a multiple: not 0, and finite if that is."""
+    return np.float32(SMALLEST_STEP) + np.int32(largest).view(np.float32) / np.float32(multiple)
 
 
 def exp(x: Any) -> Any:

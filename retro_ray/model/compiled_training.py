@@ -25,6 +25,10 @@ from retro_ray.model.compiled_loops import (
     wide,
 )
 
+LARGEST_SLOPE = LARGEST_MULTIPLE - 1
+"""To which half a step may be added that another number has lost."""
+_LANES = 16
+"""Numbers that are rounded together, each carrying what it loses to the one so far behind it."""
 _COLUMNS = 64
 """Positions that a thread passes over together: in the caches lines of 64 bytes are read whole."""
 ROWS_AT_ONCE = 64
@@ -43,7 +47,7 @@ def round_rows(x: Any, multiples: Any, steps: Any) -> None:
         largest = np.int32(0)
         for i in range(x.shape[1]):
             largest = max(largest, magnitude(wide(x[row, i])))
-        step = step_of(largest)
+        step = step_of(largest, LARGEST_MULTIPLE)
         per_step = np.float32(1) / step
         for i in range(x.shape[1]):
             multiples[row, i] = np.int8(np.rint(wide(x[row, i]) * per_step))
@@ -124,7 +128,7 @@ def round_slopes_by_rows(
                 largest[block, o] = max(largest[block, o], magnitude(slope * weight))
                 scaled[o] = slope * column_steps[o]
                 largest_in_row = max(largest_in_row, magnitude(scaled[o]))
-            step = step_of(largest_in_row)
+            step = step_of(largest_in_row, LARGEST_SLOPE)
             per_step = np.float32(1) / step
             for o in range(width):
                 multiples[row, o] = np.int8(np.rint(scaled[o] * per_step))
@@ -135,16 +139,25 @@ def round_slopes_by_rows(
 def round_slopes_by_columns(slopes: Any, row_weights: Any, per_step: Any, multiples: Any) -> None:
     """Slopes times `row_weights`, rounded to multiples of steps that are the columns' own.
 
+    What rounding takes from one row is given to the next: tokens of small slopes would else be lost, though many of
+    them may point the same way.
+
     Args:
         slopes: bfloat16 [N, O].
         row_weights: float32 [N].
         per_step: float32 [O], one over the steps.
         multiples: int8 [N, O], written.
     """
-    for row in numba.prange(len(slopes)):
-        weight = row_weights[row]
-        for o in range(slopes.shape[1]):
-            multiples[row, o] = np.int8(np.rint(wide(slopes[row, o]) * (weight * per_step[o])))
+    num_rows, width = slopes.shape
+    for block in numba.prange((num_rows + ROWS_AT_ONCE - 1) // ROWS_AT_ONCE):
+        carried = np.zeros(width, np.float32)
+        for row in range(block * ROWS_AT_ONCE, min(num_rows, (block + 1) * ROWS_AT_ONCE)):
+            weight = row_weights[row]
+            for o in range(width):
+                exact = wide(slopes[row, o]) * (weight * per_step[o]) + carried[o]
+                multiple = np.rint(exact)
+                carried[o] = exact - multiple
+                multiples[row, o] = np.int8(multiple)
 
 
 @compiled(parallel=True)
@@ -173,7 +186,9 @@ def nats_and_slopes(
         real: bool [N].
         nats: float32 [N], written.
         slopes: bfloat16 [V, more than N], written from column `first` on.
-        multiples: int8, of the same shape, written there: the softmax times `weight_steps`, in units of `steps`.
+        multiples: int8, of the same shape, written there: the softmax times `weight_steps`, in units of `steps`. What
+            rounding takes from a token is given to the next: most tokens have less than half a step each, and together
+            a part of the softmax that pulls one way.
         steps: float32 [N], written.
         first: of the slopes' columns.
     """
@@ -204,9 +219,10 @@ def nats_and_slopes(
             is_real = real[start + n]
             nats[start + n] = nats[start + n] + np.log(total[n]) if is_real else np.float32(0)
             total[n] = np.float32(1) / total[n] if is_real else np.float32(0)
-            step = np.float32(SMALLEST_STEP) + largest[n] * total[n] * np.float32(1 / LARGEST_MULTIPLE)
+            step = np.float32(SMALLEST_STEP) + largest[n] * total[n] / np.float32(LARGEST_SLOPE)
             steps[start + n] = step
             largest[n] = total[n] / step
+            highest[n] = 0  # from here on what is carried
         for token in range(vocab_size):
             share, weight_step = shares[token, start : start + width], weight_steps[token]
             slope = slopes[token, first + start : first + start + width]
@@ -214,7 +230,10 @@ def nats_and_slopes(
             for n in range(width):
                 slope[n] = to_bf16(share[n] * total[n])
             for n in range(width):
-                multiple[n] = np.int8(np.rint(share[n] * (weight_step * largest[n])))
+                exact = share[n] * (weight_step * largest[n]) + highest[n]
+                rounded = np.rint(exact)
+                highest[n] = exact - rounded
+                multiple[n] = np.int8(rounded)
         for n in range(width):
             if real[start + n]:
                 target = targets[start + n]
@@ -334,7 +353,8 @@ def softmax_of_allowed(scores: Any, allowed: Any, first: Any) -> None:
 
 @compiled(parallel=True)
 def round_shares(slopes: Any, targets: Any, position_weights: Any, multiples: Any, steps: Any) -> None:
-    """A softmax from its slopes, times `position_weights`, as whole multiples of steps that are the tokens' own.
+    """A softmax from its slopes, times `position_weights`, as whole multiples of steps that are the tokens' own. What
+    rounding takes from a position is given to a later one.
 
     Args:
         slopes: bfloat16 [V, at least N], softmax - one-hot.
@@ -351,8 +371,13 @@ def round_shares(slopes: Any, targets: Any, position_weights: Any, multiples: An
             shares[n] = share * position_weights[n]
         for n in range(num_positions):
             largest = max(largest, magnitude(shares[n]))
-        step = step_of(largest)
+        step = step_of(largest, LARGEST_SLOPE)
         per_step = np.float32(1) / step
-        for n in range(num_positions):
-            multiples[token, n] = np.int8(np.rint(shares[n] * per_step))
+        carried = np.zeros(_LANES, np.float32)
+        for start in range(0, num_positions, _LANES):
+            for lane in range(min(_LANES, num_positions - start)):
+                exact = shares[start + lane] * per_step + carried[lane]
+                multiple = np.rint(exact)
+                carried[lane] = exact - multiple
+                multiples[token, start + lane] = np.int8(multiple)
         steps[token] = step

@@ -5,7 +5,8 @@ All three products of a linear layer, y = x W^T and the gradients of x and W, mu
 Rows of x and of W become multiples of a 127th of their largest component. A step belongs to a row that is added up, so
 that sums can be scaled afterwards; where rows meet in the sum of a product (those of W in the gradient of x, those of
 x in that of W) their steps are multiplied to the slopes, before these are rounded: by rows for the one, by columns for
-the other. So do Wortsman et al. 2023 for the first two products; the third they leave in 16 bits.
+the other. So do Wortsman et al. 2023 for the first two products; the third they leave in 16 bits, since tokens whose
+slopes are less than half a step of the largest are lost. Here what one token loses is carried to the next.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch import Tensor
 
 from retro_ray.model import compiled_training
 from retro_ray.model.compiled_loops import (
-    LARGEST_MULTIPLE,
     SMALLEST_STEP,
     as_array,
     as_array_of_weights,
@@ -82,7 +82,7 @@ class _Product(torch.autograd.Function):
             _multiply(by_rows_NO, w8_OI, row_steps_N, None, of_x_NI)
             of_x = of_x_NI.view(*slopes.shape[:-1], -1).to(ctx.x_type)
         if ctx.needs_input_grad[1]:
-            column_steps_O = largest.amax(0).view(torch.float32) / LARGEST_MULTIPLE + SMALLEST_STEP
+            column_steps_O = largest.amax(0).view(torch.float32) / compiled_training.LARGEST_SLOPE + SMALLEST_STEP
             by_columns_NO = by_rows_NO  # no longer needed
             compiled_training.round_slopes_by_columns(
                 *_arrays(slopes_NO if kept_NO is None else kept_NO, x_steps_N, 1 / column_steps_O, by_columns_NO)

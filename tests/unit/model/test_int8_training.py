@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from retro_ray.model import int8_training
+from retro_ray.model.compiled_loops import LARGEST_MULTIPLE
+from retro_ray.model.compiled_training import LARGEST_SLOPE
 from retro_ray.model.int8_training import Int8ReadOut, int8_product, is_worthwhile
 from retro_ray.model.layers import FeedForward, GatedFeedForward, Linear, gelu_of, joint_product
 
@@ -15,19 +17,19 @@ ROUNDED = 0.03
 """Of a result's norm, what rounding to a 127th of the largest of some hundred normal numbers may do, twice."""
 
 
-def whole_numbers(num_rows: int, width: int, seed: int) -> Tensor:
-    """From -9 to 9, but 127 or -127 once in each row and column, so that a step is 1 for rows and columns alike."""
-    assert num_rows == width
+def whole_numbers(size: int, largest: int, seed: int) -> Tensor:
+    """From -9 to 9, but the largest or its negative once in each row and column, so that a step is 1 for both."""
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.randint(-9, 10, (num_rows, width), generator=generator).float()
-    where = torch.randperm(width, generator=generator)
-    numbers[torch.arange(num_rows), where] = 127.0 * (2 * torch.randint(0, 2, (num_rows,), generator=generator) - 1)
+    numbers = torch.randint(-9, 10, (size, size), generator=generator).float()
+    signs = 2 * torch.randint(0, 2, (size,), generator=generator) - 1
+    numbers[torch.arange(size), torch.randperm(size, generator=generator)] = largest * signs.float()
     return numbers
 
 
 @given(size=st.integers(1, 70), seed=st.integers(0, 2**16))
 def test_of_what_eight_bits_can_hold_all_three_products_are_exact(size: int, seed: int) -> None:
-    x, weight, slopes = (whole_numbers(size, size, seed + number) for number in range(3))
+    x, weight = (whole_numbers(size, LARGEST_MULTIPLE, seed + number) for number in range(2))
+    slopes = whole_numbers(size, LARGEST_SLOPE, seed + 2)
     x, weight = x.bfloat16().requires_grad_(), weight.requires_grad_()
     y = int8_product(x, weight)
     assert torch.equal(y, (x.double() @ weight.double().T).bfloat16())
@@ -223,6 +225,29 @@ def test_a_read_outs_nats_and_gradients_are_near_those_of_cross_entropy(
     assert not torch.cat(of_h)[~real].any()
     [expected_of_weight] = torch.autograd.grad((expected * (1 if weights is None else weights)).sum(), weight)
     assert (of_weight - expected_of_weight).norm() < ROUNDED * expected_of_weight.norm()
+
+
+def test_many_small_slopes_of_one_sign_are_not_lost_beside_a_large_one() -> None:
+    """Each is less than half a step, and together they are most of the gradient of the weights."""
+    x, weight = torch.ones(640, 16), torch.ones(8, 16, requires_grad=True)
+    slopes = torch.full((640, 8), 0.003)
+    slopes[100] = 1.0
+    [of_weight] = torch.autograd.grad(int8_product(x, weight), weight, slopes.bfloat16())
+    torch.testing.assert_close(of_weight, torch.full((8, 16), 1 + 639 * 0.003), rtol=0.03, atol=0)
+
+
+def test_many_small_shares_are_not_lost_beside_a_large_one() -> None:
+    """Of 4,000 tokens one has half of the softmax, and the others, which all pull one way, share the other half."""
+    vocab_size, dim = 4000, 64
+    weight, h = torch.zeros(vocab_size, dim), torch.zeros(1, dim)
+    weight[:, 0], h[0, 1], weight[5, 1] = 1.0, 1.0, 8.3
+    read_out, target = Int8ReadOut(weight, 1, 1), torch.tensor([9])
+    _, of_h = read_out.nats_and_gradient(h.bfloat16(), target, torch.tensor([True]))
+    share = (h @ weight.T).softmax(-1)[0, 5]
+    assert 0.4 < share < 0.6
+    # The sum of all shares times 1, less the target's 1, is 0; without the small ones it would be -0.5.
+    assert of_h[0, 0].abs() < 0.02
+    torch.testing.assert_close(of_h[0, 1], share * 8.3, rtol=0.02, atol=0)
 
 
 def test_tokens_that_are_targets_are_pushed_down_elsewhere_as_much_as_in_float64() -> None:
