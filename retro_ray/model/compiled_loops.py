@@ -168,7 +168,10 @@ def as_array_of_weights(tensor: Tensor) -> np.ndarray:
 def use_threads_of_torch() -> None:
     """Parallel loops that this thread calls take as many threads as torch's operations do."""
     if _have_openmp():
-        numba.set_num_threads(min(torch.get_num_threads(), get_thread_count()))
+        num_threads = torch.get_num_threads()
+        numba.set_num_threads(min(num_threads, get_thread_count()))
+        if torch.get_num_threads() != num_threads:  # Numba, when it starts, tells OpenMP to take all processors
+            torch.set_num_threads(num_threads)
 
 
 @cache

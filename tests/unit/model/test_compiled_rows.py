@@ -1,5 +1,9 @@
 """Compiled loops, beside the same computed by torch in float64."""
 
+import os
+import subprocess
+import sys
+
 import numba
 import numpy as np
 import pytest
@@ -109,6 +113,20 @@ def test_loops_are_compiled_where_no_place_can_keep_them() -> None:
     x = np.ones(3)
     compiled_loops.compiled(parallel=False)(names["double"])(x)
     assert x.tolist() == [2, 2, 2]
+
+
+def test_torch_keeps_its_number_of_threads() -> None:
+    """In a process of its own, as Numba starts once: torch's threads would wait for processors that are not theirs."""
+    script = """
+import numba, torch
+torch.set_num_threads(1)
+from retro_ray.model.compiled_loops import use_threads_of_torch
+use_threads_of_torch()
+print(torch.get_num_threads(), numba.get_num_threads())
+"""
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
+    said = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout == "1 1\n"
 
 
 def test_it_is_said_that_there_is_no_openmp(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
