@@ -44,7 +44,6 @@ class _CausalAttention(torch.autograd.Function):
         # One batch of heads, each with its rows one behind the other: what the products read fastest.
         q, k, v = (x.flatten(0, 1).contiguous() for x in (q_BHTE * scale, k_BHTE, v_BHTE))
         out, weights = torch.empty_like(q), []
-        use_threads_of_torch()
         for queries, keys in _blocks(q.shape[1]):
             scores = q[:, queries] @ k[:, keys].transpose(1, 2)
             weights.append(_weights(scores, q_BHTE.shape[:2], mask, queries))
@@ -76,7 +75,8 @@ def _weights(scores: Tensor, heads: torch.Size, mask: Tensor | None, queries: sl
     """
     allowed = None if mask is None else mask[..., queries, : queries.stop]
     scores_BHTS = scores.unflatten(0, heads)
-    if scores.dtype == torch.bfloat16:
+    if scores.dtype == torch.bfloat16 and not torch.compiler.is_compiling():
+        use_threads_of_torch()
         arrays = as_array(scores_BHTS), None if allowed is None else as_array(allowed)
         compiled_training.softmax_of_allowed(*arrays, queries.start)
         return scores

@@ -37,6 +37,8 @@ HAS_OPENMP = _has_openmp()
 LARGEST_MULTIPLE = 127
 SMALLEST_STEP = 1e-12
 """So that a row of zeros has one."""
+SMALLEST_TRAINED_STEP = 1e-30
+"""The same beside gradients, which are divided by a step's number of targets."""
 
 
 def compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -95,7 +97,7 @@ def magnitude(x: Any) -> Any:
 @numba.njit(inline="always")
 def step_of(largest: Any, multiple: Any) -> Any:
     """Step of which the number with this `magnitude` is a multiple: not 0, and finite if that is."""
-    return np.float32(SMALLEST_STEP) + np.int32(largest).view(np.float32) / np.float32(multiple)
+    return np.float32(SMALLEST_TRAINED_STEP) + np.int32(largest).view(np.float32) / np.float32(multiple)
 
 
 def exp(x: Any) -> Any:

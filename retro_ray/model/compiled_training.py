@@ -14,7 +14,7 @@ import numpy as np
 
 from retro_ray.model.compiled_loops import (
     LARGEST_MULTIPLE,
-    SMALLEST_STEP,
+    SMALLEST_TRAINED_STEP,
     compiled,
     exp,
     magnitude,
@@ -219,7 +219,7 @@ def nats_and_slopes(
             is_real = real[start + n]
             nats[start + n] = nats[start + n] + np.log(total[n]) if is_real else np.float32(0)
             total[n] = np.float32(1) / total[n] if is_real else np.float32(0)
-            step = np.float32(SMALLEST_STEP) + largest[n] * total[n] / np.float32(LARGEST_SLOPE)
+            step = np.float32(SMALLEST_TRAINED_STEP) + largest[n] * total[n] / np.float32(LARGEST_SLOPE)
             steps[start + n] = step
             largest[n] = total[n] / step
             highest[n] = 0  # from here on what is carried

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from retro_ray.model import compiled_training
 from retro_ray.model.compiled_loops import (
-    SMALLEST_STEP,
+    SMALLEST_TRAINED_STEP,
     as_array,
     as_array_of_weights,
     use_threads_of_torch,
@@ -42,7 +42,8 @@ def is_worthwhile(x: Tensor, weight_OI: Tensor) -> bool:
     """Whether to train this product in eight bits."""
     num_rows = x.numel() // x.shape[-1]
     enough = num_rows >= _LEAST_ROWS and min(weight_OI.shape) >= LEAST_WIDTH
-    return enough and torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+    in_training = torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+    return enough and in_training and not torch.compiler.is_compiling()
 
 
 def int8_product(x: Tensor, weight_OI: Tensor, gelu: bool = False) -> Tensor:
@@ -82,7 +83,9 @@ class _Product(torch.autograd.Function):
             _multiply(by_rows_NO, w8_OI, row_steps_N, None, of_x_NI)
             of_x = of_x_NI.view(*slopes.shape[:-1], -1).to(ctx.x_type)
         if ctx.needs_input_grad[1]:
-            column_steps_O = largest.amax(0).view(torch.float32) / compiled_training.LARGEST_SLOPE + SMALLEST_STEP
+            column_steps_O = (
+                largest.amax(0).view(torch.float32) / compiled_training.LARGEST_SLOPE + SMALLEST_TRAINED_STEP
+            )
             by_columns_NO = by_rows_NO  # no longer needed
             compiled_training.round_slopes_by_columns(
                 *_arrays(slopes_NO if kept_NO is None else kept_NO, x_steps_N, 1 / column_steps_O, by_columns_NO)

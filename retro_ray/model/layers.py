@@ -56,7 +56,8 @@ def _on_device(numbers: tuple[float, ...], device: torch.device, dtype: torch.dt
 def rotate(x_BHTE: Tensor, rotary: Rotary) -> Tensor:
     """`x` with the pairs (e, e + E/2) of its last dimension rotated."""
     on_cpu = x_BHTE.device.type == "cpu"
-    if on_cpu and x_BHTE.dtype == torch.bfloat16 and rotary.cos.dim() == 2 and has_many_rows_on_cpu(x_BHTE):
+    in_one_pass = x_BHTE.dtype == torch.bfloat16 and rotary.cos.dim() == 2 and not torch.compiler.is_compiling()
+    if in_one_pass and has_many_rows_on_cpu(x_BHTE):
         return _RotationInBf16.apply(x_BHTE, rotary.cos.float(), rotary.sin.float())
     cos, sin = rotary.cos.to(x_BHTE.dtype), rotary.sin.to(x_BHTE.dtype)
     if on_cpu:

@@ -26,7 +26,8 @@ class RMSNorm(nn.RMSNorm):
         if not _in_own_steps(x):
             return super().forward(x)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if x.dtype == self.weight.dtype == torch.float32 and dtype == torch.bfloat16:
+        in_one_pass = dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+        if in_one_pass and x.dtype == self.weight.dtype == torch.float32:
             return _RMSNormInBf16.apply(x, self.weight, self.eps)
         return _RMSNorm.apply(x, self.weight, self.eps, dtype)
 

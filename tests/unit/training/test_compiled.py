@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 
+from retro_ray.model import int8_training
 from retro_ray.model.retro import RetroModel
 from retro_ray.training import vocabulary_loss
 from retro_ray.training.compiled import resolve_compile
@@ -46,9 +47,12 @@ def num_compiled(monkeypatch):
     vocabulary_loss._fused_nats_and_slopes.cache_clear()
 
 
-def test_steps_are_those_of_a_model_that_is_not_compiled(database, num_compiled):
+@pytest.mark.parametrize(("precision", "rounding"), [("fp32", 1e-5), ("bf16", 1e-2), ("int8", 1e-2)])
+def test_steps_are_those_of_a_model_that_is_not_compiled(database, num_compiled, precision, rounding, monkeypatch):
     """Padded windows and sequences without neighbours among them."""
-    losses, config = {}, tiny_run_config(database, learning_rate=1e-3, num_warmup_steps=0)
+    monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(int8_training, "LEAST_WIDTH", 1)
+    losses, config = {}, tiny_run_config(database, learning_rate=1e-3, num_warmup_steps=0, precision=precision)
     batches, model_config = batches_of(database, config), dataclasses.replace(config.model, pointer=True)
     for choice in ("no", "yes"):
         torch.manual_seed(0)
@@ -56,7 +60,7 @@ def test_steps_are_those_of_a_model_that_is_not_compiled(database, num_compiled)
         step = TrainingStep(model, dataclasses.replace(config.training, compile=choice), CPU)
         losses[choice] = [step.run(batches.at(number)).loss.item() for number in range(2)]
         assert (num_compiled() > 0) == (choice == "yes")
-    assert losses["yes"] == pytest.approx(losses["no"], rel=1e-5)
+    assert losses["yes"] == pytest.approx(losses["no"], rel=rounding)
     assert losses["yes"][1] != pytest.approx(losses["yes"][0], rel=1e-3)
 
     # Neither a validation, whose shapes change, nor more layers of the same kinds are compiled anew.
