@@ -25,8 +25,8 @@ from retro_ray.model.compiled_loops import (
     use_threads_of_torch,
 )
 
-_SUMS_AT_ONCE = 1 << 22
-"""int32, 16 MiB: they are to be in the caches still when they are scaled."""
+_SUMS_AT_ONCE = 1 << 23
+"""int32, 32 MiB: they are to be in the caches still when they are scaled."""
 _TILE = 64
 """Rows of a product are a multiple of it, if they are more."""
 _LEAST_ROWS = 256
