@@ -4,8 +4,8 @@ Two sizes, the recipe `small` with 1,024 tokens and the paper's smallest with 2,
 depths, layers with cross-attention, encoder, heads, vocabulary, batch. Both have a process of their own, compute on all
 cores and take their steps in turns, two at a time, since machines change their speed: other tenants can slow matrix
 products by a factor of three, for seconds. That only ever adds to a step, so each is rated by the fastest of as many
-steps; medians are reported too. retro-pytorch trains in fp32 as it comes; under bf16 autocast, which it leaves to its user, it is
-measured too. Tokens are random: no step depends on them.
+steps; medians are reported too. retro-pytorch trains in fp32 as it comes; under bf16 autocast, which it leaves to its
+user, it is measured too. Tokens are random: no step depends on them.
 
 On a GPU the sizes are the paper's two smallest with 2,048 tokens; ours is measured without torch.compile too, and at
 the recipes themselves.
