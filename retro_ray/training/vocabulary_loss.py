@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -57,7 +57,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             nats_N, softmax_part_N = torch.empty_like(plain_nats_N), torch.empty_like(plain_nats_N)
         at_once, size = _positions(len(h_ND), len(weight_VD), device, compiled)
         if in_int8:
-            read_out: ReadOut = Int8ReadOut(weight_VD, size, at_once)
+            read_out = Int8ReadOut(weight_VD, size, at_once)
         else:
             read_out = _PlainReadOut(weight_VD, size, at_once, dtype, compiled)
         for start in range(0, len(h_ND), max(1, size)):
@@ -90,27 +90,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return of_h, of_weight, None, of_log_kept, of_given, None, None, None, None
 
 
-class ReadOut(Protocol):
-    """The products with a read-out [V, D], for a part of the positions after the other."""
-
-    def nats_and_gradient(
-        self, h_ND: torch.Tensor, targets_N: torch.Tensor, real_N: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Nats [N], and their gradients of h [N, D]. Both are zero for a target that is not real."""
-        ...
-
-    def add_gradient(
-        self,
-        of_weight_VD: torch.Tensor,
-        h_ND: torch.Tensor,
-        weights_N: torch.Tensor | None,
-        targets_N: torch.Tensor,
-        real_N: torch.Tensor,
-    ) -> None:
-        """Adds the gradient that nats of the last positions, times `weights`, give the read-out."""
-        ...
-
-
 class _PlainReadOut:
     """Products in one type, of all positions at once but for the logits.
 
@@ -136,7 +115,7 @@ class _PlainReadOut:
     def nats_and_gradient(
         self, h_ND: torch.Tensor, targets_N: torch.Tensor, real_N: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """See `ReadOut`."""
+        """Nats [N], and their gradients of h [N, D]. Both are zero for a target that is not real."""
         nats_N, slopes_VN = torch.empty(len(h_ND), dtype=self._nats_type, device=h_ND.device), self._slopes_of(h_ND)
         for first in range(0, len(h_ND), self._num_at_once):
             some = slice(first, first + self._num_at_once)
@@ -152,7 +131,7 @@ class _PlainReadOut:
         targets_N: torch.Tensor,
         real_N: torch.Tensor,
     ) -> None:
-        """See `ReadOut`."""
+        """Adds the gradient that nats of the last positions, times `weights`, give the read-out."""
         weighted_ND = h_ND if weights_N is None else (h_ND * weights_N[:, None]).to(h_ND.dtype)
         of_weight_VD += self._slopes_of(h_ND) @ weighted_ND
 
