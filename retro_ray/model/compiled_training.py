@@ -27,6 +27,8 @@ from retro_ray.model.compiled_loops import (
 
 LARGEST_SLOPE = LARGEST_MULTIPLE - 1
 """To which half a step may be added that another number has lost."""
+_REFUSED = -1e30
+"""Score of a key that a query may not see."""
 _LANES = 16
 """Numbers that are rounded together, each carrying what it loses to the one so far behind it."""
 _COLUMNS = 64
@@ -334,16 +336,17 @@ def softmax_of_allowed(scores: Any, allowed: Any, first: Any) -> None:
             weights[s] = wide(row[s])
         if allowed is None:
             for s in range(first + query + 1, num_keys):
-                weights[s] = np.float32(-1e30)
+                weights[s] = np.float32(_REFUSED)
         else:
             sees = allowed[sequence if len(allowed) > 1 else 0, 0, query]
             for s in range(num_keys):
-                weights[s] = weights[s] if sees[s] else np.float32(-1e30)
-        largest, total = np.float32(-1e30), np.float32(0)
+                weights[s] = weights[s] if sees[s] else np.float32(_REFUSED)
+        largest, total = np.float32(_REFUSED), np.float32(0)
         for s in range(num_keys):
             largest = max(largest, weights[s])
         for s in range(num_keys):
-            weight = exp(weights[s] - largest)
+            # The series ends above 0, which what may not be seen must not.
+            weight = exp(weights[s] - largest) if weights[s] != np.float32(_REFUSED) else np.float32(0)
             weights[s] = weight
             total += weight
         per_total = np.float32(1) / total

@@ -44,6 +44,24 @@ def test_in_bfloat16_it_is_near_that_of_float64(kind) -> None:
         assert (a - b).norm() < 0.02 * b.norm()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_in_bfloat16_nothing_at_all_comes_from_keys_that_are_not_seen(masked) -> None:
+    """Not even the smallest number: gradients there are zeros."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 20, 16).bfloat16().requires_grad_() for _ in range(3))
+    allowed, mask = torch.ones(20, 20, dtype=torch.bool).tril(), None
+    if masked:
+        allowed[10:, :10] = False
+        mask = allowed[None, None]
+    out = causal_attention.causal_attention(q, k, v, mask)
+    _, of_k, of_v = torch.autograd.grad(out[:, :, 9].float().sum() * 1e30, (q, k, v))
+    for slopes in (of_k, of_v):
+        assert slopes[:, :, :10].any()
+        assert not slopes[:, :, 10:].any()
+    [of_v] = torch.autograd.grad(causal_attention.causal_attention(q, k, v, mask)[:, :, 10].float().sum() * 1e30, v)
+    assert of_v[:, :, :10].any() != masked
+
+
 def test_training_uses_it_and_heads_may_share_keys(monkeypatch) -> None:
     monkeypatch.setattr(causal_attention, "_BLOCK", 4)
     torch.manual_seed(0)
