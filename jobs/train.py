@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from retro_ray.command_line import parse, run
-from retro_ray.config import default_home
+from retro_ray.config import CcaStart, Compile, OptimizerName, Parallel, Precision, default_home
 from retro_ray.errors import ConfigError
 
 # Flags that replace a recipe's settings, and the fields they stand for.
@@ -70,17 +70,17 @@ class TrainFlags:
     """Sequences per forward pass of one worker."""
     learning_rate: float | None = None
     """Highest learning rate."""
-    optimizer: Literal["adamw", "muon"] | None = None
+    optimizer: OptimizerName | None = None
     """muon: Muon for the matrices inside the blocks, AdamW for all else."""
-    parallel: Literal["ddp", "fsdp"] | None = None
+    parallel: Parallel | None = None
     """Each worker has the whole model (ddp), or a part of it (fsdp)."""
-    precision: Literal["auto", "bf16", "fp32"] | None = None
-    """auto: bf16 where the hardware multiplies it, else fp32."""
+    precision: Precision | None = None
+    """Of products: int8 is for wide layers in training on a CPU, beside bf16; auto: what is fastest here."""
     num_chunks: int | None = None
     """Chunks per sequence."""
     num_neighbours: int | None = None
     """Neighbours per chunk (k), at most what the database stores."""
-    cca_start: Literal["paper", "copy"] | None = None
+    cca_start: CcaStart | None = None
     """Start of chunked cross-attention: the paper's, or one that copies."""
     pointer: bool | None = None
     """What a position points at among its neighbours' tokens is a part of the output, beside the softmax."""
@@ -88,7 +88,7 @@ class TrainFlags:
     """Share of sequences that see no neighbours."""
     final_retrieval_dropout: float | None = None
     """The share at the last step, up to which it changes evenly."""
-    compile: Literal["auto", "yes", "no"] | None = None
+    compile: Compile | None = None
     """Compile the model's blocks for faster steps; auto: on a GPU."""
     gradient_checkpointing: bool | None = None
     """Less memory, about a third more time."""

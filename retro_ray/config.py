@@ -16,6 +16,11 @@ from retro_ray.errors import ConfigError
 
 RerankMethod = Literal["none", "overlap"]
 RetrievalPolicy = Literal["wait", "partial", "fail"]
+CcaStart = Literal["paper", "copy"]
+OptimizerName = Literal["adamw", "muon"]
+Parallel = Literal["ddp", "fsdp"]
+Precision = Literal["auto", "int8", "bf16", "fp32"]
+Compile = Literal["auto", "yes", "no"]
 
 
 def default_home() -> Path:
@@ -182,7 +187,7 @@ class ModelConfig:
     """RMS-normalise input embeddings, so that a token's identity is not swamped early in training."""
     normalize_neighbour_embeddings: bool = False
     """The same for the encoder alone, under a decoder that was pretrained without."""
-    cca_start: Literal["paper", "copy"] = "paper"
+    cca_start: CcaStart = "paper"
     """Start of chunked cross-attention: the paper's (an output of zero), or one that copies: keys
     from the previous neighbour token, key projection = query projection, output projection =
     0.3 x transposed value projection, and one null key to attend to nothing."""
@@ -270,7 +275,7 @@ class TrainingConfig:
     adam_beta2: float = 0.95
     max_gradient_norm: float = 1.0
     """Gradients are clipped to this norm."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: OptimizerName = "adamw"
     """`muon` uses Muon for the matrices inside the blocks and AdamW for all else."""
     trained: Literal["all", "retrieval"] = "all"
     """`retrieval`: encoder and chunked cross-attentions alone (RETRO-fitting), so that the model without
@@ -282,13 +287,13 @@ class TrainingConfig:
     plain_loss_share: float = 0.8
     """With a pointer: the share of what is minimised that is the loss of the softmax over the vocabulary alone, which
     otherwise would not learn what can be copied."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
+    parallel: Parallel = "ddp"
     """Each worker has the whole model (DDP), or with gradients and the optimiser's state a part of it
     (FSDP), for models that one worker cannot hold. A run may change it when it is resumed."""
-    precision: Literal["auto", "int8", "bf16", "fp32"] = "auto"
+    precision: Precision = "auto"
     """`bf16`: products in bf16, weights in fp32. `int8`: the same, but wide layers and the read-out are trained in
     products of eight bits (int8_training.py), for CPUs that multiply those fastest. `auto`: the fastest here."""
-    compile: Literal["auto", "yes", "no"] = "auto"
+    compile: Compile = "auto"
     """Compile the model's blocks (torch.compile): half a minute before the first step, and faster ones. `auto`: on a
     GPU."""
     gradient_checkpointing: bool = False

@@ -20,11 +20,12 @@ from typing import Literal, NamedTuple, NotRequired, TypedDict, Unpack
 import numpy as np
 import torch
 
+from retro_ray.config import Precision
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.evaluation.scores import BitsPerByte, ChunkScores, PassScores, TokenScores
 from retro_ray.evaluation.target_nats import target_nats
 from retro_ray.model.retro import RetroModel
-from retro_ray.training.step import Precision, arithmetic
+from retro_ray.precision import arithmetic
 from retro_ray.training.windows import (
     NO_CHUNK,
     NO_TARGET,

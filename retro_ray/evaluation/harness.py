@@ -22,7 +22,7 @@ from lm_eval.api.registry import register_model  # pyright: ignore[reportMissing
 from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
 from tqdm import tqdm
 
-from retro_ray.config import default_home
+from retro_ray.config import Precision, default_home
 from retro_ray.database.store import Database
 from retro_ray.errors import ConfigError
 from retro_ray.evaluation.bits_per_byte import RetrievalMode
@@ -30,11 +30,11 @@ from retro_ray.evaluation.text_scorer import TextScorer
 from retro_ray.generation.engine import GenerationEngine
 from retro_ray.generation.request import GenerationRequest
 from retro_ray.generation.sampling import SamplingConfig
+from retro_ray.precision import resolve_precision
 from retro_ray.retrieval.local import LocalRetriever
 from retro_ray.retrieval.retriever import ChunkRetriever, open_embedder
 from retro_ray.training.checkpoint import load_model
 from retro_ray.training.run_folder import run_directory
-from retro_ray.training.step import Precision, resolve_precision
 
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _NOT_OURS = ("max_batch_size",)

@@ -20,10 +20,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from retro_ray.config import Precision
 from retro_ray.errors import InputError
 from retro_ray.model.retro import RetroModel
+from retro_ray.precision import arithmetic
 from retro_ray.text.tokenizer import TextTokenizer
-from retro_ray.training.step import Precision, arithmetic
 
 Passages = Literal["given", "retrieved"]
 """The paragraph that the file gives with a question, or what the database has for it."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from retro_ray.building.add_segment import Embedder
+from retro_ray.config import Precision
 from retro_ray.database.store import ChunkStore, Database
 from retro_ray.evaluation.bits_per_byte import RetrievalMode, document_groups, score_tokens
 from retro_ray.evaluation.own_text import NeighbourSearch, ScoredText, first_neighbours, write_own_text
@@ -19,7 +20,6 @@ from retro_ray.evaluation.scores import TokenScores
 from retro_ray.model.retro import RetroModel
 from retro_ray.text.chunking import ChunkedDocument, chunk_document, chunk_tokens
 from retro_ray.text.corpus import Document
-from retro_ray.training.step import Precision
 
 
 class TextScorer:

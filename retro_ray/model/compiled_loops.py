@@ -39,6 +39,14 @@ SMALLEST_STEP = 1e-12
 """So that a row of zeros has one."""
 SMALLEST_TRAINED_STEP = 1e-30
 """The same beside gradients, which are divided by a step's number of targets."""
+_OPTIONS: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    # Sums may be taken in the order that is fastest; infinities and NaNs stay what they are.
+    "fastmath": {"reassoc", "contract", "nsz", "arcp"},
+}
+part_of_loops = numba.njit(**_OPTIONS)
+"""What loops call: compiled once for all of them, and in half the time that its text in each of them takes."""
 
 
 def compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -47,9 +55,7 @@ def compiled(*, parallel: bool) -> Callable[[Callable[..., None]], Callable[...,
     Parallel ones share the OpenMP threads of torch, which threads of their own would be in the way of; without OpenMP
     they run in one thread.
     """
-    options: dict[str, Any] = {"parallel": parallel and HAS_OPENMP, "nogil": True, "error_model": "numpy"}
-    # Sums may be taken in the order that is fastest; infinities and NaNs stay what they are.
-    options["fastmath"] = {"reassoc", "contract", "nsz", "arcp"}
+    options = {**_OPTIONS, "parallel": parallel and HAS_OPENMP}
 
     def compile_(loops: Callable[..., None]) -> Callable[..., None]:
         try:

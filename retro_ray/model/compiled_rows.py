@@ -21,6 +21,7 @@ from retro_ray.model.compiled_loops import (
     SMALLEST_STEP,
     compiled,
     exp,
+    part_of_loops,
     share_below,
     to_bf16,
     wide,
@@ -30,7 +31,7 @@ _LEAST = -1e30
 """Below every score."""
 
 
-@numba.njit(inline="always")
+@part_of_loops
 def _read_head(
     query: Any, key: Any, key_steps: Any, value: Any, value_steps: Any, num_rows: Any, refusal: Any, read: Any
 ) -> None:
@@ -73,7 +74,7 @@ def _read_head(
             read[e] += weight * wide(value[row, e])
 
 
-@numba.njit(inline="always")
+@part_of_loops
 def _round_head(x: Any, rounded: Any) -> Any:
     """A row in whole units of the step that is returned."""
     largest = np.float32(0)
@@ -121,7 +122,7 @@ def read_allowed(q: Any, keys: Any, values: Any, slots: Any, refusal: Any, read:
         _read_head(q[token, head], key, None, value, None, len(row_refusal), row_refusal, read[token, head])
 
 
-@numba.njit(inline="always")
+@part_of_loops
 def _to_multiples(row: Any, multiples: Any) -> Any:
     """A row in units of the step that is returned."""
     largest = np.float32(0)
@@ -163,7 +164,7 @@ def scale_rows(x: Any, steps: Any, scaled: Any) -> None:
             scaled[token, i] = to_bf16(x[token, i] * steps[token])
 
 
-@numba.njit(inline="always")
+@part_of_loops
 def _norm(x: Any, gain: Any, eps: Any, normed: Any) -> None:
     """RMSNorm of one row."""
     total = np.float32(0)
@@ -182,7 +183,7 @@ def round_normed(x: Any, gain: Any, eps: Any, multiples: Any, steps: Any) -> Non
         steps[token] = _to_multiples(multiples[token], multiples[token])
 
 
-@numba.njit(inline="always")
+@part_of_loops
 def _rotate(x: Any, cos: Any, sin: Any, rotated: Any) -> None:
     """One head, rotated as layers.RowRotation says."""
     half = len(x) // 2

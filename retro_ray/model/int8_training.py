@@ -24,14 +24,13 @@ from retro_ray.model.compiled_loops import (
     as_array_of_weights,
     use_threads_of_torch,
 )
+from retro_ray.precision import LEAST_INT8_WIDTH
 
 _SUMS_AT_ONCE = 1 << 23
 """int32, 32 MiB: they are to be in the caches still when they are scaled."""
 _TILE = 64
 """Rows of a product are a multiple of it, if they are more."""
 _LEAST_ROWS = 256
-LEAST_WIDTH = 384
-"""Of smaller products bf16 is as fast."""
 
 
 # No public operation adds up products of eight bits in 32.
@@ -41,7 +40,7 @@ multiply_int8 = torch.ops.aten._int_mm
 def is_worthwhile(x: Tensor, weight_OI: Tensor) -> bool:
     """Whether to train this product in eight bits."""
     num_rows = x.numel() // x.shape[-1]
-    enough = num_rows >= _LEAST_ROWS and min(weight_OI.shape) >= LEAST_WIDTH
+    enough = num_rows >= _LEAST_ROWS and min(weight_OI.shape) >= LEAST_INT8_WIDTH
     in_training = torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
     return enough and in_training and not torch.compiler.is_compiling()
 

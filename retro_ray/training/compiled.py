@@ -10,14 +10,12 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from torch import nn
 
+from retro_ray.config import Compile
 from retro_ray.model.retro import RetroModel
-
-Compile = Literal["auto", "yes", "no"]
 
 
 def resolve_compile(compile_: Compile, device: torch.device) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -13,44 +12,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from retro_ray.config import TrainingConfig
-from retro_ray.errors import ConfigError
-from retro_ray.model.int8_training import LEAST_WIDTH
 from retro_ray.model.layers import Linear
 from retro_ray.model.retro import RetroModel
-from retro_ray.precision import bf16_is_fast, int8_is_fastest
+from retro_ray.precision import arithmetic, resolve_precision
 from retro_ray.training.batches import StepBatch
 from retro_ray.training.compiled import compile_blocks, resolve_compile
 from retro_ray.training.optimizer import Optimizer
 from retro_ray.training.parallel import join_workers, whole, whole_weights
 from retro_ray.training.vocabulary_loss import vocabulary_loss
 from retro_ray.training.windows import NO_TARGET, Batch
-
-Precision = Literal["auto", "int8", "bf16", "fp32"]
-
-
-def resolve_precision(
-    precision: Precision, device: torch.device, trained_width: int = 0
-) -> Literal["int8", "bf16", "fp32"]:
-    """What `auto` means on `device`: int8 to train a model of a width at which that is fastest there, else bf16 where
-    the hardware multiplies it.
-
-    Raises:
-        ConfigError: it is int8 on a GPU.
-    """
-    if precision == "int8" and device.type != "cpu":
-        raise ConfigError(f"precision is int8, which is for CPUs; on {device.type} take bf16")
-    if precision != "auto":
-        return precision
-    if trained_width >= LEAST_WIDTH and int8_is_fastest(device):
-        return "int8"
-    return "bf16" if bf16_is_fast(device) else "fp32"
-
-
-def arithmetic(precision: Precision, device: torch.device) -> contextlib.AbstractContextManager:
-    """The context of forward passes: bf16 by autocast, the weights stay fp32; int8 differs in training alone."""
-    if resolve_precision(precision, device) == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 class NextTokenLoss(nn.Module):

@@ -24,6 +24,7 @@ from retro_ray.database.store import ChunkStore, Database
 from retro_ray.errors import CheckpointError
 from retro_ray.evaluation.bits_per_byte import BitsPerByte, RetrievalMode, choose_documents, score_documents
 from retro_ray.model.retro import RetroModel
+from retro_ray.precision import resolve_precision
 from retro_ray.training.batches import Prefetcher, TrainingBatches
 from retro_ray.training.checkpoint import (
     CheckpointMeta,
@@ -35,7 +36,7 @@ from retro_ray.training.checkpoint import (
 from retro_ray.training.flops import peak_flops, training_flops_per_token
 from retro_ray.training.plot import PLOT_NAME, plot_metrics
 from retro_ray.training.progress import METRICS_NAME, MetricsLog, Progress, read_metrics
-from retro_ray.training.step import TrainingStep, resolve_precision
+from retro_ray.training.step import TrainingStep
 from retro_ray.training.windows import ChunkTable, WindowReader, stored_neighbours
 
 logger = logging.getLogger(__name__)

@@ -51,7 +51,7 @@ def num_compiled(monkeypatch):
 def test_steps_are_those_of_a_model_that_is_not_compiled(database, num_compiled, precision, rounding, monkeypatch):
     """Padded windows and sequences without neighbours among them."""
     monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(int8_training, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(int8_training, "LEAST_INT8_WIDTH", 1)
     losses, config = {}, tiny_run_config(database, learning_rate=1e-3, num_warmup_steps=0, precision=precision)
     batches, model_config = batches_of(database, config), dataclasses.replace(config.model, pointer=True)
     for choice in ("no", "yes"):

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from retro_ray.errors import ConfigError
 from retro_ray.model import int8_training
 from retro_ray.model.layers import Linear
 from retro_ray.model.retro import RetroModel
+from retro_ray.precision import arithmetic
 from retro_ray.training.batches import StepBatch, TrainingBatches
-from retro_ray.training.step import NextTokenLoss, TrainingStep, arithmetic, resolve_precision
+from retro_ray.training.step import NextTokenLoss, TrainingStep
 from retro_ray.training.windows import NO_TARGET, ChunkTable, WindowReader, stored_neighbours
 from tests.fakes import tiny_run_config, write_tiny_database
 
@@ -107,31 +107,13 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_weights(database):
     assert result.loss.item() == pytest.approx(want, rel=2e-2)
     assert result.loss.item() != pytest.approx(want, rel=1e-6)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    with arithmetic("bf16", CPU):
-        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
-
-
-def test_auto_precision_asks_the_hardware(monkeypatch):
-    for int8, bf16, wide, narrow in (
-        (True, True, "int8", "bf16"),
-        (False, True, "bf16", "bf16"),
-        (False, False, "fp32", "fp32"),
-    ):
-        monkeypatch.setattr("retro_ray.training.step.int8_is_fastest", lambda device, fast=int8: fast)
-        monkeypatch.setattr("retro_ray.training.step.bf16_is_fast", lambda device, fast=bf16: fast)
-        assert resolve_precision("auto", CPU, int8_training.LEAST_WIDTH) == wide
-        assert resolve_precision("auto", CPU, int8_training.LEAST_WIDTH - 1) == narrow
-        assert resolve_precision("auto", CPU) == narrow
-        assert resolve_precision("fp32", CPU, 1024) == "fp32"
-    with pytest.raises(ConfigError, match="precision is int8, which is for CPUs; on cuda take bf16"):
-        resolve_precision("int8", torch.device("cuda"))
 
 
 @pytest.fixture
 def all_in_int8(monkeypatch):
     """Products that are too small for it, too."""
     monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(int8_training, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(int8_training, "LEAST_INT8_WIDTH", 1)
 
 
 def curve(database, precision: str, num_steps: int = 12, gradient_checkpointing: bool = False) -> list[float]:

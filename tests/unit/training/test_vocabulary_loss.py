@@ -119,7 +119,7 @@ def test_under_autocast_the_products_are_bf16_and_the_sums_fp32(loss):
 def test_in_eight_bits_it_is_near_that_of_float64(monkeypatch, plain_share):
     """With some positions that point at tokens, and some without a target."""
     monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(int8_training, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(int8_training, "LEAST_INT8_WIDTH", 1)
     h, weight, targets = inputs(torch.float32)
     tokens_CS, chunks = torch.randint(0, V, (3, 40)), torch.randint(0, 3, (N,))
     scores = torch.randn(N, 41, requires_grad=True)
@@ -138,7 +138,7 @@ def test_in_eight_bits_it_is_near_that_of_float64(monkeypatch, plain_share):
 
 def test_in_eight_bits_a_frozen_read_out_gets_no_gradient(monkeypatch):
     monkeypatch.setattr(int8_training, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(int8_training, "LEAST_WIDTH", 1)
+    monkeypatch.setattr(int8_training, "LEAST_INT8_WIDTH", 1)
     h, weight, targets = inputs(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         [expected] = torch.autograd.grad(vocabulary_loss(DecoderOutput(h), weight, targets, in_int8=True)[0], h)
