@@ -42,7 +42,7 @@ $(VENV)/.browser: | $(VENV)/.test
 PYTEST := $(BIN)/python -m pytest
 WITH_RAY := tests/e2e tests/integration/test_training.py
 AFTER_FIRST := tests/properties tests/unit/generation tests/unit/index
-AFTER_SECOND := tests/browser tests/unit/evaluation
+AFTER_SECOND := tests/browser tests/unit/evaluation tests/unit/training/test_compiled.py
 THIRD := tests $(addprefix --ignore ,tests/e2e tests/integration $(AFTER_FIRST) $(AFTER_SECOND))
 test: $(VENV)/.test $(VENV)/.browser
 	@{ $(PYTEST) $(WITH_RAY); status=$$?; $(PYTEST) $(AFTER_SECOND) || status=1; exit $$status; } \
