@@ -165,6 +165,15 @@ def as_array(tensor: Tensor) -> np.ndarray:
     return array
 
 
+def as_flat_array(tensor: Tensor) -> tuple[np.ndarray, tuple[int, ...]]:
+    """The same memory as one row, from the first element to the last, and the strides of all dimensions but the last,
+    whose elements are to follow each other: loops over them become vectors, whatever order the others lie in.
+    """
+    assert tensor.stride(-1) == 1, "elements of the last dimension follow each other"
+    length = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return as_array(tensor.as_strided((length,), (1,))), tensor.stride()[:-1]
+
+
 def as_array_of_weights(tensor: Tensor) -> np.ndarray:
     """The same of float32 weights, whose memory FSDP resizes between layers, which torch refuses behind `as_array`. It
     takes three times as long.

@@ -293,22 +293,27 @@ def slopes_of_rms_norm(x: Any, gain: Any, scales: Any, slopes: Any, of_x: Any, o
 
 
 @compiled(parallel=True)
-def rotate(x: Any, cos: Any, sin: Any, rotated: Any) -> None:
-    """Heads bfloat16 [B, H, T, E], which may lie in any order in memory, rotated as layers.rotate says.
+def rotate(shape: Any, x: Any, x_strides: Any, cos: Any, sin: Any, rotated: Any, rotated_strides: Any) -> None:
+    """Heads bfloat16 [B, H, T, E] of queries or keys, rotated as layers.rotate says.
 
     Args:
-        x: of queries or keys.
+        shape: B, H, T and E.
+        x: bfloat16, `as_flat_array` of them.
+        x_strides: how far apart those of B, H and T are in it; the E of a head follow each other.
         cos: float32 [T, E / 2].
         sin: float32 [T, E / 2].
-        rotated: bfloat16 [B, H, T, E], written.
+        rotated: as `x`, written.
+        rotated_strides: as `x_strides`.
     """
-    batch_size, num_heads, num_tokens, head_dim = x.shape
+    batch_size, num_heads, num_tokens, head_dim = shape
     half = head_dim // 2
     for item in numba.prange(batch_size * num_tokens):
         sequence, token = item // num_tokens, item % num_tokens
         old, cosines, sines = np.empty(head_dim, np.float32), cos[token], sin[token]
         for head in range(num_heads):
-            row, new = x[sequence, head, token], rotated[sequence, head, token]
+            first = sequence * x_strides[0] + head * x_strides[1] + token * x_strides[2]
+            first_new = sequence * rotated_strides[0] + head * rotated_strides[1] + token * rotated_strides[2]
+            row, new = x[first : first + head_dim], rotated[first_new : first_new + head_dim]
             for e in range(head_dim):
                 old[e] = wide(row[e])
             for e in range(half):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from retro_ray.config import ModelConfig
 from retro_ray.model import compiled_training
-from retro_ray.model.compiled_loops import as_array, use_threads_of_torch
+from retro_ray.model.compiled_loops import as_array, as_flat_array, use_threads_of_torch
 from retro_ray.model.int8_training import int8_product, is_worthwhile
 from retro_ray.model.rms_norm import RMSNorm, has_many_rows_on_cpu
 
@@ -106,7 +106,10 @@ class _RotationInBf16(torch.autograd.Function):
 
 def _rotated_in_bf16(x_BHTE: Tensor, cos_TE: Tensor, sin_TE: Tensor, out_BHTE: Tensor) -> Tensor:
     use_threads_of_torch()
-    compiled_training.rotate(as_array(x_BHTE.detach()), as_array(cos_TE), as_array(sin_TE), as_array(out_BHTE))
+    x_BHTE = x_BHTE.detach()
+    x = as_flat_array(x_BHTE if x_BHTE.stride(-1) == 1 else x_BHTE.contiguous())
+    out = as_flat_array(out_BHTE)
+    compiled_training.rotate(tuple(x_BHTE.shape), *x, as_array(cos_TE), as_array(sin_TE), *out)
     return out_BHTE
 
 

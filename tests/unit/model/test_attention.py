@@ -1,6 +1,7 @@
 """The attention kernel and the rotary positions."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -89,14 +90,25 @@ def test_positions_keep_their_precision_in_bfloat16() -> None:
     torch.testing.assert_close(coarse.cos.double(), exact.cos, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("ordered", [True, False])
-def test_in_bfloat16_a_rotation_is_rounded_once_and_its_gradient_turns_back(ordered: bool) -> None:
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "rows of a head": lambda x: x.contiguous(),
+    "heads of a projection": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "beside others": lambda x: torch.cat((x, x), -1)[..., x.shape[-1] :],
+    "not one behind the other": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "one for all": lambda x: x[:1].expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("lies", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_in_bfloat16_a_rotation_is_rounded_once_and_its_gradient_turns_back(
+    lies: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Wherever numbers lie in memory."""
     torch.manual_seed(0)
-    x = torch.randn(2, 5, 3, 8).bfloat16().transpose(1, 2)  # heads of a projection
-    x = (x.contiguous() if ordered else x).requires_grad_()
+    x = lies(torch.randn(2, 3, 5, 8).bfloat16()).requires_grad_()
     rotary = rotary_at(torch.arange(300, 305), 8, 10_000.0, x.dtype)
     exact = rotary_at(torch.arange(300, 305), 8, 10_000.0, torch.float64)
-    slopes = torch.randn(2, 3, 5, 8).bfloat16()
+    slopes = lies(torch.randn(2, 3, 5, 8).bfloat16())
     y, expected = rotate(x, rotary), rotate(x.double(), exact)
     for a, b in ((y, expected), (torch.autograd.grad(y, x, slopes)[0], torch.autograd.grad(expected, x, slopes)[0])):
         assert a.dtype == torch.bfloat16
