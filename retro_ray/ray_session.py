@@ -7,9 +7,10 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 from ray._private import ray_constants, services
@@ -24,6 +25,9 @@ NAMESPACE = "retro_ray"
 """Where the detached shard actors are found by every job, training run and service."""
 _OBJECT_STORE_BYTES = 1 << 30
 _PROBE_TIMEOUT_S = 2.0
+_SETTLING_S = 1.0
+"""What Ray says is free lags behind tasks that have just ended: by a tenth of this where it was measured."""
+_POLL_S = 0.02
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -108,12 +112,22 @@ def num_cluster_cpus() -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def num_free_cpus() -> int:
-    """CPUs that nothing else on the cluster has reserved now, at least 1.
+def num_free(kind: Literal["CPU", "GPU"]) -> int:
+    """Of all nodes, what nothing else on the cluster has reserved now.
 
     Actors beyond these would wait for a service or another job to end.
     """
-    free = int(ray.available_resources().get("CPU", 0))
+    until = time.monotonic() + _SETTLING_S
+    while True:
+        free = int(ray.available_resources().get(kind, 0))
+        if free >= int(ray.cluster_resources().get(kind, 0)) or time.monotonic() >= until:
+            return free
+        time.sleep(_POLL_S)
+
+
+def num_free_cpus() -> int:
+    """CPUs that are free, at least 1; says so if there is none."""
+    free = num_free("CPU")
     if free < 1:
         logger.warning("all CPUs of the Ray cluster are in use: waiting for one (`ray status` shows by whom)")
     return max(1, free)

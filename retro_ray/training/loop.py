@@ -22,6 +22,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from retro_ray.allocator import FAST_ALLOCATOR_ENV
 from retro_ray.errors import ConfigError, RetroRayError
+from retro_ray.ray_session import num_free
 from retro_ray.training.trainer import Trainer, TrainingJob, TrainingOutcome
 
 _MAX_CPU_WORKERS = 8
@@ -82,7 +83,7 @@ def choose_workers(num_workers: int | None, use_gpu: bool, batch_size: int) -> i
     if use_gpu and total == 0:
         raise ConfigError("--use-gpu is yes, but the Ray cluster has no GPU: use --use-gpu no, or another cluster")
     if num_workers is None:
-        free = max(1, int(ray.available_resources().get(kind, 0)))
+        free = max(1, num_free(kind))
         return min(free, batch_size) if use_gpu else min(free, batch_size, _MAX_CPU_WORKERS)
     if not 1 <= num_workers <= max(1, total):
         raise ConfigError(f"--num-workers is {num_workers}, the Ray cluster has {total} {kind}s: use 1 to {total}")
@@ -105,7 +106,7 @@ def fit(job: TrainingJob, *, num_workers: int, use_gpu: bool, say: Callable[[str
     Raises:
         RetroRayError: training failed; the message says why, in one line.
     """
-    cpus_per_worker = max(1, int(ray.available_resources().get("CPU", 1)) // num_workers)
+    cpus_per_worker = max(1, num_free("CPU") // num_workers)
     board: Any = ray.remote(NoticeBoard).options(num_cpus=0).remote()
     scratch = job.run_directory / "ray"
     shutil.rmtree(scratch, ignore_errors=True)

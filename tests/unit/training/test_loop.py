@@ -1,6 +1,7 @@
 import pytest
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
+from retro_ray import ray_session
 from retro_ray.errors import ConfigError
 from retro_ray.training import loop
 from retro_ray.training.loop import NoticeBoard, choose_workers
@@ -31,14 +32,22 @@ def test_the_cause_of_a_failed_run_is_one_line_and_no_echo(error, want):
 
 
 class Cluster:
-    def __init__(self, total: dict, free: dict) -> None:
-        self.total, self.free = total, free
+    """Says each time what is free, and the last of it from then on."""
+
+    def __init__(self, total: dict, *free: dict) -> None:
+        self.total, self.free = total, list(free)
 
     def cluster_resources(self) -> dict:
         return self.total
 
     def available_resources(self) -> dict:
-        return self.free
+        return self.free.pop(0) if len(self.free) > 1 else self.free[0]
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, cluster: Cluster, settling_s: float = 0.0) -> None:
+    monkeypatch.setattr(loop, "ray", cluster)
+    monkeypatch.setattr(ray_session, "ray", cluster)
+    monkeypatch.setattr(ray_session, "_SETTLING_S", settling_s)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +61,18 @@ class Cluster:
     ],
 )
 def test_workers_by_default(monkeypatch, total, free, use_gpu, batch_size, want):
-    monkeypatch.setattr(loop, "ray", Cluster(total, free))
+    answer(monkeypatch, Cluster(total, free))
     assert choose_workers(None, use_gpu, batch_size) == want
 
 
+def test_what_has_just_ended_is_free(monkeypatch):
+    """Ray says so a moment later."""
+    answer(monkeypatch, Cluster({"CPU": 2.0}, {}, {"CPU": 1.0}, {"CPU": 2.0}), settling_s=60.0)
+    assert choose_workers(None, False, 4) == 2
+
+
 def test_workers_asked_for_must_fit_cluster_and_batch(monkeypatch):
-    monkeypatch.setattr(loop, "ray", Cluster({"CPU": 4.0}, {"CPU": 4.0}))
+    answer(monkeypatch, Cluster({"CPU": 4.0}, {"CPU": 4.0}))
     assert choose_workers(3, False, 4) == 3
     for num_workers in (0, 5):
         with pytest.raises(ConfigError, match=f"--num-workers is {num_workers}, the Ray cluster has 4 CPUs"):
