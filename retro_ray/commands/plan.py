@@ -7,9 +7,9 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from retro_ray.config import RunConfig
+from retro_ray.config import OptimizerName, RunConfig
 from retro_ray.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Plan:
     """Sequences per forward pass of one worker."""
     gradient_checkpointing: bool | None = None
     """Less memory, about a third more time."""
-    optimizer: Literal["adamw", "muon"] | None = None
+    optimizer: OptimizerName | None = None
     """muon: Muon for the matrices inside the blocks, AdamW for all else."""
     measured_flops: float | None = None
     """FLOP/s that one worker reaches in training (an H200 reached 3.8e14 with paper-172m, 4.5e14 with

@@ -106,12 +106,12 @@ def fit(job: TrainingJob, *, num_workers: int, use_gpu: bool, say: Callable[[str
     Raises:
         RetroRayError: training failed; the message says why, in one line.
     """
-    cpus_per_worker = max(1, num_free("CPU") // num_workers)
+    # A GPU's worker computes on the GPU: torch's choice of threads will do.
+    cpus_per_worker = 1 if use_gpu else max(1, num_free("CPU") // num_workers)
     board: Any = ray.remote(NoticeBoard).options(num_cpus=0).remote()
     scratch = job.run_directory / "ray"
     shutil.rmtree(scratch, ignore_errors=True)
-    # A GPU's worker computes on the GPU: torch's choice of threads will do.
-    resources = {"GPU": 1, "CPU": 1} if use_gpu else {"CPU": cpus_per_worker}
+    resources = {"CPU": cpus_per_worker, **({"GPU": 1} if use_gpu else {})}
     settings = {"job": job, "board": board, "num_threads": 0 if use_gpu else cpus_per_worker}
     trainer = TorchTrainer(
         train_worker,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
+from retro_ray.config import Parallel
 from retro_ray.model.retro import RetroModel
 from retro_ray.training.compiled import decoder_blocks
 
 if TYPE_CHECKING:  # a second to import, in every process that trains, evaluates or serves; only FSDP needs them
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
-
-Parallel = Literal["ddp", "fsdp"]
 
 
 def join_workers(loss: nn.Module, model: RetroModel, parallel: Parallel, device: torch.device) -> nn.Module:

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from retro_ray.config import ModelConfig, RunConfig, TrainingConfig
+from retro_ray.config import ModelConfig, Parallel, RunConfig, TrainingConfig
 from retro_ray.training.flops import training_flops_per_token
-
-Parallel = Literal["ddp", "fsdp"]
 
 _FP32, _BF16, _INT64 = 4, 2, 8
 _SECONDS_PER_DAY = 86_400
